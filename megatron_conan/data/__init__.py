@@ -1,0 +1,1 @@
+"""Text in: tokenizer, packed language-model data, SFT sequences, text pairs, deterministic sampling."""

@@ -1,0 +1,1 @@
+"""The Conan decoder, its soft-mask attention, and pooling."""

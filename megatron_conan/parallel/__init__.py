@@ -1,0 +1,1 @@
+"""Ranks, groups and devices as one explicit object; megatron-core on CPU."""
