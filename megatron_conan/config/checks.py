@@ -1,0 +1,128 @@
+"""Checks across fields of a config, run on every rank before any heavy work."""
+
+from __future__ import annotations
+
+from megatron_conan.config.tree import RunConfig
+
+
+def check_config(config: RunConfig, world_size: int) -> None:
+    """Refuse sizes that do not fit together.
+
+    Args:
+        config: the run's config.
+        world_size: number of ranks.
+
+    Raises:
+        ValueError: what, the values, and the remedy.
+    """
+    _check_ranks(config, world_size)
+    _check_model(config)
+    _check_batch(config, world_size)
+    _check_stage(config, world_size)
+
+
+def data_parallel_size(config: RunConfig, world_size: int) -> int:
+    """Ranks that hold different data: world size / (tensor x pipeline)."""
+    return world_size // (config.parallel.tensor * config.parallel.pipeline)
+
+
+def _check_ranks(config: RunConfig, world_size: int) -> None:
+    p = config.parallel
+    block = p.tensor * p.pipeline
+    if world_size % block:
+        raise ValueError(
+            f"{world_size} ranks are not divisible by parallel.tensor={p.tensor} x "
+            f"parallel.pipeline={p.pipeline} = {block}; start a multiple of {block} processes (torchrun --nproc-per-node) or change parallel.*"
+        )
+    if p.sequence and p.tensor == 1:
+        raise ValueError("parallel.sequence=true needs parallel.tensor > 1: it splits activations over tensor ranks")
+    if p.virtual_pipeline is not None and p.pipeline == 1:
+        raise ValueError(f"parallel.virtual_pipeline={p.virtual_pipeline} needs parallel.pipeline > 1")
+
+
+def _check_model(config: RunConfig) -> None:
+    m, p = config.model, config.parallel
+    if m.kv_channels is None and m.hidden_size % m.num_attention_heads:
+        raise ValueError(
+            f"model.hidden_size={m.hidden_size} is not divisible by model.num_attention_heads={m.num_attention_heads}; "
+            "give model.kv_channels (the size of one head) or change one of them"
+        )
+    if m.head_dim % 2:
+        raise ValueError(f"model.kv_channels={m.head_dim} must be even: rotary embeddings turn pairs of channels")
+    if m.num_attention_heads % m.num_query_groups:
+        raise ValueError(
+            f"model.num_attention_heads={m.num_attention_heads} is not divisible by "
+            f"model.num_query_groups={m.num_query_groups}"
+        )
+    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_size"):
+        if getattr(m, name) % p.tensor:
+            raise ValueError(f"model.{name}={getattr(m, name)} is not divisible by parallel.tensor={p.tensor}")
+    chunks = p.pipeline * (p.virtual_pipeline or 1)
+    if m.num_layers % chunks:
+        raise ValueError(
+            f"model.num_layers={m.num_layers} is not divisible by parallel.pipeline={p.pipeline} x "
+            f"parallel.virtual_pipeline={p.virtual_pipeline or 1} = {chunks}"
+        )
+    if p.sequence and config.seq_length % p.tensor:
+        raise ValueError(f"data.seq_length={config.seq_length} is not divisible by parallel.tensor={p.tensor}")
+    for name in ("seq_length", "max_query_length", "max_document_length"):
+        if getattr(config, name) > m.max_seq_length:
+            raise ValueError(
+                f"data.{name}={getattr(config, name)} is longer than model.max_seq_length={m.max_seq_length}"
+            )
+
+
+def _check_batch(config: RunConfig, world_size: int) -> None:
+    t = config.train
+    dp = data_parallel_size(config, world_size)
+    step = t.micro_batch_size * dp
+    if t.global_batch_size % step:
+        below, above = t.global_batch_size // step * step, -(-t.global_batch_size // step) * step
+        remedy = f"{below} or {above}" if below else f"{above}"
+        raise ValueError(
+            f"train.global_batch_size={t.global_batch_size} must be divisible by train.micro_batch_size="
+            f"{t.micro_batch_size} x dp={dp} = {step}; use {remedy}"
+        )
+    num_micro_batches = t.global_batch_size // step
+    if config.parallel.virtual_pipeline and num_micro_batches % config.parallel.pipeline:
+        raise ValueError(
+            f"the interleaved schedule needs a number of micro-batches ({num_micro_batches}) divisible by "
+            f"parallel.pipeline={config.parallel.pipeline}; change train.global_batch_size"
+        )
+
+
+def _check_stage(config: RunConfig, world_size: int) -> None:
+    if not config.is_contrastive:
+        if config.mining is not None:
+            raise ValueError(f"section mining is for the contrastive stages, not for stage={config.stage}; remove it")
+        if config.soft_mask.schedule != "constant" or config.soft_mask.alpha != 0.0:
+            raise ValueError(
+                f"stage={config.stage} trains next-token prediction and must stay causal; remove the soft_mask section"
+            )
+        return
+    if config.parallel.pipeline > 1:
+        raise ValueError(
+            f"parallel.pipeline={config.parallel.pipeline}: the contrastive stages do not run through the pipeline "
+            "yet; use parallel.pipeline=1 with tensor and data parallelism"
+        )
+    _check_single_micro_batch(config, world_size)
+    if config.soft_mask.form == "learned" and config.stage != "weak":
+        raise ValueError("soft_mask.form=learned is trained in stage=weak only; finetune runs at the final alpha")
+    if config.mining is not None and config.contrastive.num_hard_negatives == 0:
+        raise ValueError("section mining needs contrastive.num_hard_negatives > 0; set it, or remove the section")
+    if config.mining is not None and config.mining.pool_size < config.contrastive.num_hard_negatives:
+        raise ValueError(
+            f"mining.pool_size={config.mining.pool_size} is smaller than "
+            f"contrastive.num_hard_negatives={config.contrastive.num_hard_negatives}"
+        )
+
+
+def _check_single_micro_batch(config: RunConfig, world_size: int) -> None:
+    """Contrastive stages take the whole share of a rank at once: gradient accumulation adds no negatives."""
+    t, dp = config.train, data_parallel_size(config, world_size)
+    if t.global_batch_size != t.micro_batch_size * dp:
+        raise ValueError(
+            "contrastive stages take one micro-batch a step so far: "
+            f"train.global_batch_size={t.global_batch_size} must be train.micro_batch_size={t.micro_batch_size} x dp={dp} = {t.micro_batch_size * dp}; "
+            f"set train.micro_batch_size={t.global_batch_size // dp}"
+        )

@@ -1,0 +1,284 @@
+"""The configuration tree: one class a YAML section, one docstring a field, units included.
+
+Required fields have no default. Cross-field checks that need the number of ranks are in `checks.py`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """A section of the tree: unknown keys are refused, docstrings under fields are their descriptions."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """The decoder's shape."""
+
+    num_layers: Positive
+    """Transformer layers."""
+    hidden_size: Positive
+    """Width of the residual stream."""
+    num_attention_heads: Positive
+    """Query heads."""
+    num_query_groups: Positive
+    """Key/value heads (GQA); equal to `num_attention_heads` for plain multi-head attention."""
+    ffn_hidden_size: Positive
+    """Inner width of the SwiGLU feed-forward block."""
+    vocab_size: Positive
+    """Rows of the (tied) embedding table; at least the tokenizer's size, divisible by `parallel.tensor`."""
+    kv_channels: Positive | None = None
+    """Size of one head; `hidden_size / num_attention_heads` if not given."""
+    max_seq_length: Positive
+    """Longest sequence in tokens."""
+    rotary_base: float = 10000.0
+    """Base of the rotary position embedding."""
+    norm_epsilon: float = 1e-6
+    """Epsilon of RMSNorm."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights."""
+    embedding_init_std: float | None = None
+    """Standard deviation of the initial embedding table; `init_std` if not given."""
+    residual_init_scale: float | None = None
+    """Factor on `init_std` for the projections that write to the residual stream; 1/sqrt(2 num_layers) if not given."""
+    spec: Literal["local", "te"] = "local"
+    """Layer implementation: `local` (plain torch) or `te` (transformer-engine linears, needs a GPU)."""
+
+    @property
+    def head_dim(self) -> int:
+        """Size of one attention head."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+
+class TokenizerConfig(Section):
+    """The SentencePiece model."""
+
+    model: Path
+    """File written by data_tools/train_tokenizer.py."""
+
+
+class SourceConfig(Section):
+    """One data source: an output prefix of data_tools/preprocess.py (LM) or preprocess_pairs.py (pairs, SFT)."""
+
+    prefix: Path
+    """Output prefix of the preprocessing tool."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Share of this source in the training mix, relative to the other sources' weights."""
+
+
+class DataConfig(Section):
+    """What the stage trains on."""
+
+    sources: Annotated[list[SourceConfig], Field(min_length=1)]
+    """The training mix."""
+    seq_length: Positive | None = None
+    """Tokens of one language-model or SFT sequence; `model.max_seq_length` if not given."""
+    max_query_length: Positive | None = None
+    """Longest query in tokens, EOS included; `model.max_seq_length` if not given."""
+    max_document_length: Positive | None = None
+    """Longest document in tokens, EOS included; `model.max_seq_length` if not given."""
+
+
+class TrainConfig(Section):
+    """Length and batch of the run."""
+
+    steps: Positive
+    """Optimizer steps; schedules (learning rate, soft mask) end here."""
+    micro_batch_size: Positive
+    """Samples (sequences or queries) a data-parallel rank processes at once."""
+    global_batch_size: Positive
+    """Samples of one optimizer step over all ranks; a multiple of micro_batch_size x dp."""
+    seed: int = 1234
+    """Seed of initialisation, shuffling and sampling."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Compute precision; bf16 keeps fp32 master weights."""
+    log_every: Positive = 1
+    """Steps between lines of metrics.jsonl."""
+
+
+class OptimizerConfig(Section):
+    """AdamW and its schedule."""
+
+    lr: Annotated[float, Field(gt=0)]
+    """Peak learning rate."""
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    """Learning rate at the last step."""
+    warmup_fraction: Fraction = 0.05
+    """Share of the steps over which the learning rate rises from 0."""
+    decay: Literal["linear", "cosine", "constant"] = "cosine"
+    """Shape of the decay after warm-up."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.001
+    """Decoupled weight decay (matrices only)."""
+    beta1: Fraction = 0.9
+    """Decay of the first moment."""
+    beta2: Fraction = 0.95
+    """Decay of the second moment."""
+    epsilon: float = 1e-8
+    """Adam's epsilon."""
+    clip_grad: Annotated[float, Field(ge=0)] = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+
+
+class ParallelConfig(Section):
+    """How the model is split; the data-parallel size is what remains of the ranks."""
+
+    tensor: Positive = 1
+    """Tensor-parallel size."""
+    pipeline: Positive = 1
+    """Pipeline-parallel size."""
+    virtual_pipeline: Positive | None = None
+    """Model chunks a pipeline rank holds (interleaved 1F1B)."""
+    sequence: bool = False
+    """Sequence parallelism: activations between the tensor-parallel blocks are split along the sequence."""
+    distributed_optimizer: bool = False
+    """Shard optimizer state over data-parallel ranks (ZeRO-1)."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass runs."""
+
+
+class AttentionConfig(Section):
+    """Which implementation computes soft-mask attention."""
+
+    backend: Literal["auto", "sdpa", "reference"] = "auto"
+    """`auto` picks the fastest that supports the case; one asked for by name fails if it can't."""
+
+
+class SoftMaskConfig(Section):
+    """How causal attention opens into bidirectional attention (Conan-embedding-v2, section on the soft mask)."""
+
+    form: Literal["row", "column", "constant", "learned"] = "row"
+    """Weight above the diagonal: row min(alpha l/i, 1), column min(alpha l/j, 1), constant alpha, learned per head."""
+    schedule: Literal["linear", "square", "inverse_square", "constant"] = "constant"
+    """alpha(t): t/tau, (t/tau)^2, 1-(1-t/tau)^2, or `alpha` throughout; tau = `train.steps`."""
+    alpha: Fraction = 0.0
+    """alpha of the constant schedule: 0 is causal, 1 is bidirectional."""
+
+
+class PoolingConfig(Section):
+    """From token vectors to one embedding."""
+
+    mode: Literal["mean", "last"] = "mean"
+    """Mean over the sequence's tokens, or the vector of its last token (EOS)."""
+
+
+class ContrastiveConfig(Section):
+    """InfoNCE over the global batch, and CoSENT for scored pairs."""
+
+    temperature: Annotated[float, Field(gt=0)] = 0.02
+    """Divisor of the cosine similarities."""
+    symmetric: bool = False
+    """Add the document-to-query direction; the loss is the mean of both."""
+    num_hard_negatives: Annotated[int, Field(ge=0)] = 0
+    """Hard negatives a query brings along (mined, or those of the file)."""
+    cosent_temperature: Annotated[float, Field(gt=0)] = 0.05
+    """Divisor of the cosine differences in CoSENT."""
+
+
+class MiningConfig(Section):
+    """Hard negatives, re-mined from the whole corpus with the live weights."""
+
+    every: Positive
+    """Steps between two minings; the first is before step 1."""
+    pool_size: Positive = 32
+    """Candidates kept a query; replacements come from here until the next mining."""
+    window: Positive = 100
+    """Nearest documents looked at a query."""
+    skip_top: Annotated[int, Field(ge=0)] = 0
+    """Nearest candidates passed over as likely false negatives."""
+    margin: Annotated[float, Field(gt=0, le=1.0)] = 0.95
+    """A candidate must score below this share of the (lowest) positive's score."""
+    max_tokens: Positive = 16384
+    """Padded tokens of one encoding batch."""
+    dynamic: bool = True
+    """Between minings, replace single negatives that became easy (the v2 rule)."""
+    low_score: float = 0.4
+    """v2 rule: a negative that came in below this score is replaced."""
+    drop_ratio: Annotated[float, Field(gt=1.0)] = 1.2
+    """v2 rule: replaced when drop_ratio x S < S0 ..."""
+    high_score: float = 0.7
+    """... and S < high_score."""
+
+
+class EvaluationConfig(Section):
+    """Retrieval quality on a held-out BEIR folder (corpus.jsonl, queries.jsonl, qrels/test.tsv)."""
+
+    data: Path
+    """The folder."""
+    at_start: bool = False
+    """Also evaluate before step 1."""
+    max_tokens: Positive = 16384
+    """Padded tokens of one encoding batch."""
+
+
+class CheckpointConfig(Section):
+    """What is kept, and where a stage starts from."""
+
+    every: Positive | None = None
+    """Steps between checkpoints; the last step is always saved."""
+    keep_last: Positive = 2
+    """Checkpoints kept."""
+    init_from: Path | None = None
+    """Run (or checkpoint) folder whose weights this stage starts from; random weights if not given."""
+
+
+class RunConfig(Section):
+    """One training run."""
+
+    stage: Literal["pretrain", "sft", "weak", "finetune"]
+    """Which stage of the recipe."""
+    run_dir: Path
+    """The run's folder."""
+    model: ModelConfig
+    """The decoder's shape."""
+    tokenizer: TokenizerConfig
+    """The SentencePiece model."""
+    data: DataConfig
+    """What the stage trains on."""
+    train: TrainConfig
+    """Length and batch."""
+    optimizer: OptimizerConfig
+    """AdamW and its schedule."""
+    parallel: ParallelConfig = ParallelConfig()
+    """How the model is split."""
+    attention: AttentionConfig = AttentionConfig()
+    """Attention implementation."""
+    soft_mask: SoftMaskConfig = SoftMaskConfig()
+    """The soft mask."""
+    pooling: PoolingConfig = PoolingConfig()
+    """Pooling of the contrastive stages."""
+    contrastive: ContrastiveConfig = ContrastiveConfig()
+    """Losses of the contrastive stages."""
+    mining: MiningConfig | None = None
+    """Hard-negative mining; off if absent."""
+    evaluation: EvaluationConfig | None = None
+    """Held-out retrieval evaluation at the end of the run; off if absent."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Checkpoints."""
+
+    @property
+    def is_contrastive(self) -> bool:
+        """Whether the stage trains embeddings (weak, finetune) rather than next tokens (pretrain, sft)."""
+        return self.stage in ("weak", "finetune")
+
+    @property
+    def seq_length(self) -> int:
+        """Tokens of one LM or SFT sequence."""
+        return self.data.seq_length or self.model.max_seq_length
+
+    @property
+    def max_query_length(self) -> int:
+        """Longest query in tokens, EOS included."""
+        return self.data.max_query_length or self.model.max_seq_length
+
+    @property
+    def max_document_length(self) -> int:
+        """Longest document in tokens, EOS included."""
+        return self.data.max_document_length or self.model.max_seq_length
