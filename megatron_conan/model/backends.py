@@ -1,0 +1,17 @@
+"""The only place that imports optional packages; everything else asks here."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+
+def import_faiss() -> ModuleType:
+    """Return the faiss module. Raises ImportError that names the extras to install where it is missing."""
+    try:
+        import faiss
+    except ImportError as error:
+        raise ImportError(
+            "hard-negative mining needs faiss, which could not be imported: install it with "
+            f"`pip install megatron_conan[cpu]` or, on a machine with a GPU, `pip install megatron_conan[gpu]` ({error})"
+        ) from error
+    return faiss
