@@ -31,8 +31,8 @@ def _check_ranks(config: RunConfig, world_size: int) -> None:
     block = p.tensor * p.pipeline
     if world_size % block:
         raise ValueError(
-            f"{world_size} ranks are not divisible by parallel.tensor={p.tensor} x "
-            f"parallel.pipeline={p.pipeline} = {block}; start a multiple of {block} processes (torchrun --nproc-per-node) or change parallel.*"
+            f"{world_size} ranks are not divisible by parallel.tensor={p.tensor} x parallel.pipeline={p.pipeline} = "
+            f"{block}; start a multiple of {block} processes (torchrun --nproc-per-node) or change parallel.*"
         )
     if p.sequence and p.tensor == 1:
         raise ValueError("parallel.sequence=true needs parallel.tensor > 1: it splits activations over tensor ranks")
@@ -122,7 +122,7 @@ def _check_single_micro_batch(config: RunConfig, world_size: int) -> None:
     t, dp = config.train, data_parallel_size(config, world_size)
     if t.global_batch_size != t.micro_batch_size * dp:
         raise ValueError(
-            "contrastive stages take one micro-batch a step so far: "
-            f"train.global_batch_size={t.global_batch_size} must be train.micro_batch_size={t.micro_batch_size} x dp={dp} = {t.micro_batch_size * dp}; "
+            f"contrastive stages take one micro-batch a step so far: train.global_batch_size={t.global_batch_size} "
+            f"must be train.micro_batch_size={t.micro_batch_size} x dp={dp} = {t.micro_batch_size * dp}; "
             f"set train.micro_batch_size={t.global_batch_size // dp}"
         )
