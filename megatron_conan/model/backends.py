@@ -11,7 +11,7 @@ def import_faiss() -> ModuleType:
         import faiss
     except ImportError as error:
         raise ImportError(
-            "hard-negative mining needs faiss, which could not be imported: install it with "
-            f"`pip install megatron_conan[cpu]` or, on a machine with a GPU, `pip install megatron_conan[gpu]` ({error})"
+            f"hard-negative mining needs faiss, which could not be imported ({error}): "
+            "`pip install megatron_conan[cpu]` or, on a machine with a GPU, `pip install megatron_conan[gpu]`"
         ) from error
     return faiss
