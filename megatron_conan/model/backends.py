@@ -15,3 +15,19 @@ def import_faiss() -> ModuleType:
             "`pip install megatron_conan[cpu]` or, on a machine with a GPU, `pip install megatron_conan[gpu]`"
         ) from error
     return faiss
+
+
+def import_te_linears() -> tuple[type, type]:
+    """Transformer-engine's column- and row-parallel linears in megatron-core's wrapping.
+
+    Raises:
+        ImportError: where transformer-engine is missing or does not load (it needs a CUDA GPU).
+    """
+    try:
+        from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
+    except (ImportError, RuntimeError) as error:  # on a machine without CUDA transformer-engine raises RuntimeError
+        raise ImportError(
+            "model.spec=te needs transformer-engine on a CUDA machine, which could not be imported: install it with "
+            f"`pip install megatron_conan[gpu]`, or set model.spec=local ({error})"
+        ) from error
+    return TEColumnParallelLinear, TERowParallelLinear

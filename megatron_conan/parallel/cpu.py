@@ -1,8 +1,9 @@
 """megatron-core on a machine without CUDA.
 
-megatron-core 0.16.1 asks for `torch.cuda` in about twenty places. Here every megatron-core module's global name `torch` is
-replaced by a stand-in whose `cuda` namespace and tensor factories mean the CPU; torch itself stays as it is. What may be asked
-for is listed below: anything else raises, naming it, so that a new version of megatron-core cannot silently take another path.
+megatron-core 0.16.1 asks for `torch.cuda` in about twenty places. Here every megatron-core module's global name `torch`
+is replaced by a stand-in whose `cuda` namespace and tensor factories mean the CPU; torch itself stays as it is. What may be
+asked for is listed below: anything else raises, naming it, so that a new version of megatron-core cannot silently take
+another path.
 """
 
 from __future__ import annotations
@@ -85,8 +86,8 @@ class _CudaNamespace(types.ModuleType):
         if name in PASSED_THROUGH or name.startswith("__"):
             return getattr(torch.cuda, name)
         raise AttributeError(
-            f"{_caller() or 'megatron-core'} asked for torch.cuda.{name}, which megatron_conan/parallel/cpu.py does not "
-            "stand in for; megatron-core is tried on CPU in version 0.16.1 only"
+            f"{_caller() or 'megatron-core'} asked for torch.cuda.{name}, which megatron_conan/parallel/cpu.py does "
+            "not stand in for; megatron-core is tried on CPU in version 0.16.1 only"
         )
 
 

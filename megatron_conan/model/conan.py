@@ -1,0 +1,203 @@
+"""The Conan decoder: tied embedding, soft-mask transformer layers, and an LM head or a pooled embedding.
+
+Shapes: `b` micro-batch, `s` sequence, `h` hidden, `v` vocabulary of this tensor rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import Literal
+
+import torch
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_conan.config import RunConfig
+from megatron_conan.model.attention import choose_backend
+from megatron_conan.model.mask import SoftMask
+from megatron_conan.model.pooling import pool
+from megatron_conan.model.spec import decoder_spec, transformer_config
+
+Head = Literal["lm", "embedding"]
+
+RESIDUAL_WRITERS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
+"""Projections that write to the residual stream: they start smaller."""
+
+
+class ConanModel(LanguageModule):
+    """Decoder-only transformer: RMSNorm (pre-norm), RoPE, SwiGLU, GQA, no biases, tied embeddings.
+
+    One instance is one pipeline stage (or model chunk). With head "lm" the last stage gives logits or per-token losses; with
+    head "embedding" it gives pooled unit vectors and builds no output layer.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        core: TransformerConfig,
+        soft_mask: SoftMask,
+        head: Head,
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: int | None = None,
+    ) -> None:
+        """Build this stage's modules with uninitialised weights; `build_model` fills them."""
+        super().__init__(config=core)
+        self.model_config, self.head, self.soft_mask = config.model, head, soft_mask
+        self.pooling_mode = config.pooling.mode
+        self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
+        self.share_embeddings_and_output_weights = head == "lm"
+        if pre_process:
+            self.embedding = LanguageModelEmbedding(
+                core, config.model.vocab_size, config.model.max_seq_length, position_embedding_type="none"
+            )
+        backend = choose_backend(config.attention.backend)
+        self.decoder = TransformerBlock(
+            core,
+            decoder_spec(config, core, soft_mask, backend, vp_stage),
+            pre_process=pre_process,
+            post_process=post_process,
+            vp_stage=vp_stage,
+        )
+        self.register_buffer("inverse_frequency", _inverse_frequency(config), persistent=False)
+        self.output_layer = None
+        if head == "lm" and post_process:
+            self.output_layer = ColumnParallelLinear(
+                core.hidden_size,
+                config.model.vocab_size,
+                config=core,
+                init_method=core.init_method,
+                bias=False,
+                skip_bias_add=False,
+                gather_output=False,
+                skip_weight_param_allocation=pre_process,
+                tp_group=self.tp_group,
+            )
+        if head == "lm":
+            self.setup_embeddings_and_output_layer()
+
+    def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
+        """Called by the pipeline schedule with the previous stage's activations, [s, b, h]."""
+        self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+
+    def forward(self, tokens: Tensor, lengths: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        """Run this stage.
+
+        Args:
+            tokens: [b, s] int64; every pipeline stage gets them (later stages use the shape alone).
+            lengths: [b] true lengths of right-padded rows; None where padding is harmless (causal, or none).
+            labels: [b, s] next tokens (head "lm", last stage).
+
+        Returns:
+            Not the last stage: activations [s, b, h] (s / tp under sequence parallelism).
+            Head "embedding": [b, h] fp32, unit length.
+            Head "lm": losses [b, s] fp32 if labels are given, else logits [s, b, v].
+        """
+        hidden = self.embedding(tokens, None) if self.pre_process else None
+        hidden = self.decoder(hidden, attention_mask=lengths, rotary_pos_emb=self._rotary_angles(tokens.shape[1]))
+        if not self.post_process:
+            return hidden
+        if self.head == "embedding":
+            assert lengths is not None
+            if self.config.sequence_parallel:
+                # The pooled vectors are the same on every tensor rank, and so is their gradient: it must not be summed.
+                hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+            return pool(hidden, lengths, self.pooling_mode)
+        assert self.output_layer is not None
+        logits, _ = self.output_layer(hidden, weight=self.shared_embedding_or_output_weight())
+        if labels is None:
+            return logits
+        return self.compute_language_model_loss(labels, logits.float())
+
+    def _rotary_angles(self, size: int) -> Tensor:
+        """Angles [s, 1, 1, d] of positions 0 .. s-1, in the two-halves (NeoX, Llama) layout."""
+        position = torch.arange(size, device=self.inverse_frequency.device, dtype=torch.float32)
+        angles = torch.outer(position, self.inverse_frequency.float())  # [s, d / 2]
+        return torch.cat([angles, angles], dim=-1)[:, None, None, :]
+
+
+def _inverse_frequency(config: RunConfig) -> Tensor:
+    d = config.model.head_dim
+    return config.model.rotary_base ** (-torch.arange(0, d, 2, dtype=torch.float32) / d)
+
+
+def build_model(
+    config: RunConfig, device: torch.device, soft_mask: SoftMask, head: Head
+) -> tuple[list[ConanModel], TransformerConfig]:
+    """Build this rank's model chunks with weights that do not depend on the layout.
+
+    Returns:
+        The chunks (one, or `parallel.virtual_pipeline`), and megatron-core's config that they share.
+    """
+    from megatron.core import parallel_state
+
+    core = transformer_config(config, device)
+    num_chunks = config.parallel.virtual_pipeline or 1
+    chunks = []
+    for i in range(num_chunks):
+        vp_stage = i if config.parallel.virtual_pipeline else None
+        chunk = ConanModel(
+            config,
+            core,
+            soft_mask,
+            head,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            vp_stage=vp_stage,
+        )
+        initialize_parameters(chunk, config)
+        chunks.append(chunk.to(device))
+    return chunks, core
+
+
+def global_parameter_name(model: ConanModel, name: str) -> str:
+    """The parameter's name in the whole model: layers counted over all pipeline stages, the tied head as the embedding."""
+    if name == "output_layer.weight":
+        return "embedding.word_embeddings.weight"
+    prefix = "decoder.layers."
+    if not name.startswith(prefix):
+        return name
+    index, _, rest = name[len(prefix) :].partition(".")
+    return f"{prefix}{model.decoder.layers[int(index)].layer_number - 1}.{rest}"
+
+
+@torch.no_grad()
+def initialize_parameters(model: ConanModel, config: RunConfig) -> None:
+    """Draw each parameter from a generator seeded by (seed, its global name), whole, and keep this rank's part.
+
+    So every layout starts from the same weights. Norm weights are 1; theta of the learned soft mask keeps its start.
+    """
+    m = config.model
+    residual_scale = m.residual_init_scale if m.residual_init_scale is not None else 1.0 / math.sqrt(2 * m.num_layers)
+    for local_name, parameter in model.named_parameters():
+        if parameter.dim() < 2:
+            continue
+        name = global_parameter_name(model, local_name)
+        std = m.init_std
+        if name == "embedding.word_embeddings.weight" and m.embedding_init_std is not None:
+            std = m.embedding_init_std
+        if name.endswith(RESIDUAL_WRITERS):
+            std *= residual_scale
+        seed = int.from_bytes(hashlib.sha256(f"{config.train.seed}/{name}".encode()).digest()[:8], "big") >> 1
+        shape = list(parameter.shape)
+        size, rank = model.tp_group.size(), model.tp_group.rank()
+        split = size > 1 and getattr(parameter, "tensor_model_parallel", False)
+        dim = parameter.partition_dim if split else 0
+        if split:
+            shape[dim] *= size
+        whole = torch.empty(shape, dtype=torch.float32)
+        whole.normal_(0.0, std, generator=torch.Generator().manual_seed(seed))
+        parameter.copy_(_local_part(whole, name, dim, rank, size) if split else whole)
+
+
+def _local_part(whole: Tensor, name: str, dim: int, rank: int, size: int) -> Tensor:
+    """This tensor rank's slice; linear_fc1 is [gate; up], and a rank holds its part of both."""
+    if name.endswith("mlp.linear_fc1.weight"):
+        return torch.cat([half.chunk(size, dim)[rank] for half in whole.chunk(2, dim)], dim)
+    return whole.chunk(size, dim)[rank]
