@@ -1,0 +1,116 @@
+"""Batches as named fields with shapes. Legend: b micro-batch, s sequence, n texts, q queries, D documents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass
+class TextBatch:
+    """Texts, right padded."""
+
+    tokens: torch.Tensor
+    """[n, s] int64, padded on the right with the pad id."""
+    lengths: torch.Tensor
+    """[n] int64, number of real tokens of each text."""
+
+    def to(self, device: torch.device | str) -> TextBatch:
+        """The same batch on `device`."""
+        return TextBatch(self.tokens.to(device, non_blocking=True), self.lengths.to(device, non_blocking=True))
+
+
+@dataclass
+class LMBatch:
+    """Sequences for next-token prediction."""
+
+    tokens: torch.Tensor
+    """[b, s] int64, inputs."""
+    labels: torch.Tensor
+    """[b, s] int64, `labels[:, i]` follows `tokens[:, i]`."""
+    loss_mask: torch.Tensor
+    """[b, s] float32, 1 where the label counts."""
+    lengths: torch.Tensor
+    """[b] int64, number of real input tokens."""
+
+    def to(self, device: torch.device | str) -> LMBatch:
+        """The same batch on `device`."""
+        return LMBatch(
+            tokens=self.tokens.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
+            loss_mask=self.loss_mask.to(device, non_blocking=True),
+            lengths=self.lengths.to(device, non_blocking=True),
+        )
+
+
+@dataclass
+class PairBatch:
+    """Queries with their documents, all of one source.
+
+    Documents are ordered: the q positives first (document i is the positive of query i), then the negatives,
+    grouped by query in slot order. Queries may have different numbers of negatives.
+    """
+
+    source: str
+    """Name of the data source."""
+    task: str
+    """"retrieval" or "sts"."""
+    rows: torch.Tensor
+    """[q] int64, row numbers in the source."""
+    query_ids: torch.Tensor
+    """[q] int64, text ids."""
+    query: TextBatch
+    """[q, s]."""
+    document: TextBatch
+    """[D, s]."""
+    document_ids: torch.Tensor
+    """[D] int64, text ids."""
+    document_query: torch.Tensor
+    """[D] int64, local index of the query the document belongs to."""
+    is_positive: torch.Tensor
+    """[D] bool."""
+    slots: torch.Tensor
+    """[D] int64, slot in the negatives table; -1 for positives and for negatives that are not mined."""
+    scores: torch.Tensor
+    """[q] float32, similarity label (sts); NaN elsewhere."""
+
+    def to(self, device: torch.device | str) -> PairBatch:
+        """The same batch on `device`."""
+        return PairBatch(
+            source=self.source,
+            task=self.task,
+            rows=self.rows.to(device, non_blocking=True),
+            query_ids=self.query_ids.to(device, non_blocking=True),
+            query=self.query.to(device),
+            document=self.document.to(device),
+            document_ids=self.document_ids.to(device, non_blocking=True),
+            document_query=self.document_query.to(device, non_blocking=True),
+            is_positive=self.is_positive.to(device, non_blocking=True),
+            slots=self.slots.to(device, non_blocking=True),
+            scores=self.scores.to(device, non_blocking=True),
+        )
+
+
+def collate_texts(sequences: Sequence[np.ndarray], pad_id: int, pad_multiple: int = 8) -> TextBatch:
+    """Right-pad formatted texts into one batch.
+
+    Args:
+        sequences: n arrays of token ids.
+        pad_id: fills the positions behind a text.
+        pad_multiple: s is the longest length, rounded up to a multiple of this.
+
+    Returns:
+        TextBatch with tokens [n, s]; s is 0 if all texts are empty or there are none.
+    """
+    if pad_multiple < 1:
+        raise ValueError(f"pad_multiple={pad_multiple} must be at least 1")
+    lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
+    longest = int(lengths.max(initial=0))
+    width = -(-longest // pad_multiple) * pad_multiple
+    tokens = np.full((len(sequences), width), pad_id, dtype=np.int64)
+    for row, sequence in zip(tokens, sequences, strict=True):
+        row[: len(sequence)] = sequence
+    return TextBatch(tokens=torch.from_numpy(tokens), lengths=torch.from_numpy(lengths))
