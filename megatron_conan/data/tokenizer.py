@@ -49,7 +49,7 @@ class Tokenizer:
         """Token ids of many texts, on the calling thread alone; `encode_batch(texts)[i] == encode(texts[i])`."""
         try:
             return self._processor.encode(list(texts), num_threads=1)
-        except RuntimeError as error:
+        except (RuntimeError, TypeError, UnicodeError) as error:
             raise ValueError(_explain_encode_failure(texts, error)) from error
 
     def decode(self, ids: Iterable[int]) -> str:
