@@ -1,9 +1,26 @@
 """Fixtures of all tests."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from gloo_pool import WorkerPool
+
+REAL_DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--real-data", type=Path, default=REAL_DATA, metavar="DIR",
+                     help="folder of external data (default: ../shared/data beside the checkout)")
+
+
+@pytest.fixture(scope="session")
+def real_data(request: pytest.FixtureRequest) -> Path:
+    """The folder of external data; tests that ask for it are skipped where it is absent."""
+    folder: Path = request.config.getoption("--real-data")
+    if not folder.is_dir():
+        pytest.skip(f"no external data at {folder}; name its folder with --real-data DIR")
+    return folder.resolve()
 
 
 @pytest.fixture(scope="session")

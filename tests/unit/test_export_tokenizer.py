@@ -6,6 +6,7 @@ import pytest
 import sentencepiece
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from plain_decoder import write_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_conan.export.tokenizer import convert_tokenizer, verify_tokenizer
@@ -20,7 +21,7 @@ CORPUS = [
 ]
 HARD_TEXTS = [
     "", " ", "   ", "\n\n\n", "\t\tx", "a  b   c    d", "trailing   ", "   leading", "</s>", "<s>text</s><pad>",
-    "<unk> <pad", "<0x41> <0xE2>", "👩‍👩‍👧 emoji 🎉🎉", "▁literal▁marker", "aaaaaaaaaaaaa", "e\u0301 combining",
+    "<unk> <pad", "<reserved_0>", "<0x41> <0xE2>", "👩‍👩‍👧 emoji 🎉🎉", "▁literal▁marker", "aaaaaaaaaaaaa", "e\u0301 combining",
     "\x00nul", "۱۲۳",
     "ﬁ ligature ①", "\r\n", "\u200b\u2028", "x" * 300, " " * 65 + "y",
 ]
@@ -28,13 +29,7 @@ HARD_TEXTS = [
 
 @pytest.fixture(scope="module")
 def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS * 3), model_prefix=str(folder / "bpe"), model_type="bpe", vocab_size=600,
-        hard_vocab_limit=False, pad_id=0, unk_id=1, bos_id=2, eos_id=3, normalization_rule_name="identity",
-        add_dummy_prefix=False, remove_extra_whitespaces=False, byte_fallback=True, split_digits=True,
-        allow_whitespace_only_pieces=True, character_coverage=0.98, minloglevel=2)
-    return folder / "bpe.model"
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"), CORPUS * 3, vocab_size=420)
 
 
 @pytest.fixture(scope="module")
