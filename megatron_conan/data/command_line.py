@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -18,6 +19,8 @@ REPORT_SECONDS = 10.0
 
 def run_tool(main: Callable[[Sequence[str]], None]) -> int:
     """Run a script's `main(argv)`; a user's mistake becomes one line on stderr and exit code 2."""
+    # so that a terminated run also removes its temporary folder
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         main(sys.argv[1:])
     except (ValueError, OSError) as error:

@@ -1,0 +1,48 @@
+"""Prepare text pairs: `python data_tools/preprocess_pairs.py --task T --input F --tokenizer-model M --output-prefix P`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_conan.data.command_line import run_tool
+from megatron_conan.data.pair_files import TASKS, preprocess_pairs
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Command line of this script."""
+    parser = argparse.ArgumentParser(
+        description="Tokenise every distinct text of pair data once (P.bin, P.idx) and write the table of ids beside "
+        "it (P.*.npy), with a summary in P.json. Schemas: data_tools/README.md."
+    )
+    parser.add_argument("--task", choices=TASKS, required=True, help="what a row is")
+    parser.add_argument("--input", type=Path, nargs="+", required=True, help=".jsonl files of rows")
+    parser.add_argument("--corpus", type=Path, nargs="+", default=[], help="further documents: .jsonl or .txt")
+    parser.add_argument("--tokenizer-model", type=Path, required=True, help="the .model of train_tokenizer.py")
+    parser.add_argument("--output-prefix", type=Path, required=True, help="writes PREFIX.bin, .idx, .*.npy and .json")
+    parser.add_argument("--text-key", default="text", help="key of the text in --corpus files (default: text)")
+    parser.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Tokenise and write. Raises ValueError for a user's mistake; then nothing is written."""
+    arguments = parse_arguments(argv)
+    summary = preprocess_pairs(
+        arguments.task,
+        arguments.input,
+        arguments.tokenizer_model,
+        arguments.output_prefix,
+        corpus=arguments.corpus,
+        text_key=arguments.text_key,
+        num_workers=arguments.workers,
+    )
+    print(
+        f"wrote {arguments.output_prefix}.json: {summary['rows']:,} rows, {summary['texts']:,} distinct texts, "
+        f"{summary['documents']:,} of them documents, {summary['tokens']:,} tokens"
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_tool(main))

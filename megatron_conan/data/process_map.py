@@ -1,0 +1,54 @@
+"""Ordered map over processes, for the tokenising tools."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+def process_map(function: Callable[[Task], Result], tasks: Iterable[Task], num_workers: int) -> Iterator[Result]:
+    """Results of `function` in the order of `tasks`; the first failing task in that order raises its error.
+
+    Args:
+        function: a module-level function; runs in this process if `num_workers` is 1, else in spawned ones.
+        tasks: read as results are consumed, at most 2 x num_workers ahead.
+        num_workers: at least 1.
+
+    Raises:
+        ValueError: num_workers is below 1, or a process died.
+    """
+    if num_workers < 1:
+        raise ValueError(f"workers={num_workers} must be at least 1")
+    if num_workers == 1:
+        yield from map(function, tasks)
+        return
+    # spawned, not forked: the caller may hold threads
+    pool = ProcessPoolExecutor(
+        num_workers, mp_context=multiprocessing.get_context("spawn"), initializer=_leave_interrupts_to_the_parent
+    )
+    running: deque[Future[Result]] = deque()
+    try:
+        for task in tasks:
+            running.append(pool.submit(function, task))
+            if len(running) >= 2 * num_workers:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+    except BrokenProcessPool as error:
+        raise ValueError(
+            f"one of {num_workers} tokenising processes was killed, often for lack of memory; use fewer --workers"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _leave_interrupts_to_the_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
