@@ -86,24 +86,27 @@ class ConanModel(LanguageModule):
         """Called by the pipeline schedule with the previous stage's activations, [s, b, h]."""
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
-    def forward(self, tokens: Tensor, lengths: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, lengths: Tensor | None = None, labels: Tensor | None = None, embed: bool = False
+    ) -> Tensor:
         """Run this stage.
 
         Args:
             tokens: [b, s] int64; every pipeline stage gets them (later stages use the shape alone).
             lengths: [b] true lengths of right-padded rows; None where padding is harmless (causal, or none).
             labels: [b, s] next tokens (head "lm", last stage).
+            embed: give pooled embeddings from a model with head "lm" too.
 
         Returns:
             Not the last stage: activations [s, b, h] (s / tp under sequence parallelism).
-            Head "embedding": [b, h] fp32, unit length.
+            Head "embedding", or `embed`: [b, h] fp32, unit length.
             Head "lm": losses [b, s] fp32 if labels are given, else logits [s, b, v].
         """
         hidden = self.embedding(tokens, None) if self.pre_process else None
         hidden = self.decoder(hidden, attention_mask=lengths, rotary_pos_emb=self._rotary_angles(tokens.shape[1]))
         if not self.post_process:
             return hidden
-        if self.head == "embedding":
+        if embed or self.head == "embedding":
             assert lengths is not None
             if self.config.sequence_parallel:
                 # The pooled vectors are the same on every tensor rank, and so is their gradient: it must not be summed.

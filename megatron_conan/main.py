@@ -1,0 +1,112 @@
+"""From the command line of a stage to a trained run."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_conan.config import RunConfig, check_config, load_config
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def main(stage: str, argv: Sequence[str]) -> int:
+    """Run a stage: `torchrun launch/STAGE.sh --config FILE [section.key=value ...]`.
+
+    Returns:
+        Exit status: 0, or 2 after a user's mistake, told in one message on rank 0.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"launch/{stage}.sh", description=f"Stage {stage} of the Conan-embedding recipe."
+    )
+    default = ROOT / "configs" / "conan_1.4b" / f"{stage}.yaml"
+    parser.add_argument("--config", type=Path, default=default, help="YAML file of the stage (default: %(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that win over the file's")
+    arguments = parser.parse_args(argv)
+    from megatron_conan.parallel.context import destroy_context
+
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+        if config.stage != stage:
+            raise ValueError(f"{arguments.config} is of stage={config.stage}; start it with launch/{config.stage}.sh")
+        run(config)
+    except ValueError as error:
+        if _rank() == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    finally:
+        destroy_context()
+    return 0
+
+
+def run(config: RunConfig) -> dict[str, float]:
+    """Train what `config` describes, in every process that torchrun started. Returns the last step's metrics."""
+    from megatron_conan.data.tokenizer import Tokenizer
+    from megatron_conan.evaluation.live import EvaluationHook
+    from megatron_conan.parallel.context import build_context, initialize_distributed
+    from megatron_conan.train.checkpoint import check_start
+    from megatron_conan.train.loop import Hook, build_trainer, train
+    from megatron_conan.train.mining_hook import MiningHook
+    from megatron_conan.train.run_folder import check_run_folder
+    from megatron_conan.train.setup import Setup
+
+    _check_files(config)
+    tokenizer = Tokenizer(config.tokenizer.model)
+    if tokenizer.size > config.model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size={config.model.vocab_size} is smaller than the {tokenizer.size} pieces of "
+            f"{config.tokenizer.model}; raise it to at least {tokenizer.size}"
+        )
+    device = initialize_distributed()
+    import torch.distributed as dist
+
+    check_config(config, dist.get_world_size())
+    check_run_folder(config)
+    check_start(config, tokenizer.sha256)
+    context = build_context(config.parallel, device)
+    setup = Setup(config, context, tokenizer)
+    hooks: dict[str, Hook] = {}
+    if config.mining is not None:
+        hooks["mining"] = MiningHook(setup)
+    if config.evaluation is not None:
+        hooks["evaluation"] = EvaluationHook()
+    return train(build_trainer(setup, hooks))
+
+
+def _check_files(config: RunConfig) -> None:
+    """One message for everything that is missing, with the commands that make it.
+
+    Raises:
+        ValueError: naming the missing files and the commands.
+    """
+    tokenizer = config.tokenizer.model
+    commands, missing = [], []
+    if not tokenizer.exists():
+        missing.append(f"the tokenizer {tokenizer}")
+        commands.append(
+            f"python data_tools/train_tokenizer.py --input F [F ...] --vocab-size {config.model.vocab_size} "
+            f"--output-prefix {tokenizer.with_suffix('')}"
+        )
+    tool = "preprocess.py" if config.stage == "pretrain" else "preprocess_pairs.py"
+    task = {"pretrain": "", "sft": "--task sft ", "weak": "--task retrieval ", "finetune": "--task retrieval|sts "}
+    for source in config.data.sources:
+        if not source.prefix.with_name(source.prefix.name + ".idx").exists():
+            missing.append(f"the data {source.prefix}.bin/.idx")
+            commands.append(
+                f"python data_tools/{tool} {task[config.stage]}--input F [F ...] --tokenizer-model {tokenizer} "
+                f"--output-prefix {source.prefix}" + (" --append-eod" if config.stage == "pretrain" else "")
+            )
+    if config.evaluation is not None and not config.evaluation.data.is_dir():
+        missing.append(f"the evaluation set {config.evaluation.data} (corpus.jsonl, queries.jsonl, qrels/test.tsv)")
+    if missing:
+        lines = "".join(f"\n    {command}" for command in commands)
+        hint = "\n(`make demo` makes the data of configs/demo)" if "runs/demo" in str(tokenizer) else ""
+        raise ValueError(f"missing: {', '.join(missing)}" + (f"; make it with{lines}" if commands else "") + hint)
+
+
+def _rank() -> int:
+    import os
+
+    return int(os.environ.get("RANK", "0"))

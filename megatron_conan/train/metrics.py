@@ -1,0 +1,90 @@
+"""What a run tells: metrics.jsonl, TensorBoard, and a progress line with the time that is left."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from megatron_conan.train.run_folder import write_atomically
+
+PROGRESS_SECONDS = 5.0
+"""Least time between two progress lines."""
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory of this process in GiB: of the GPU where there is one, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class MetricsWriter:
+    """Writes one line a step. Rank 0 only.
+
+    A resumed run first drops the lines after the checkpoint it resumes from, so that every step stands there once.
+    """
+
+    def __init__(self, run_dir: Path, stage: str, steps: int, resumed_step: int) -> None:
+        """Open the files of `run_dir`; steps done before are `resumed_step`."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.stage, self.steps = stage, steps
+        self.file = run_dir / "metrics.jsonl"
+        if self.file.exists():
+            write_atomically(self.file, _lines_up_to(self.file, resumed_step))
+        self.stream = self.file.open("a", encoding="utf-8", buffering=1)
+        self.tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_step + 1)
+        self.started, self.first_step, self.last_progress = time.monotonic(), resumed_step, 0.0
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Record a step's values."""
+        line = {"step": step, "stage": self.stage, **values}
+        self.stream.write(json.dumps(line) + "\n")
+        for key, value in values.items():
+            if math.isfinite(value):
+                self.tensorboard.add_scalar(key, value, step)
+        now = time.monotonic()
+        if now - self.last_progress >= PROGRESS_SECONDS or step in (1, self.steps):
+            self.last_progress = now
+            self._progress(step, values, now - self.started)
+
+    def close(self) -> None:
+        """Flush and close."""
+        self.stream.close()
+        self.tensorboard.close()
+
+    def _progress(self, step: int, values: Mapping[str, float], elapsed: float) -> None:
+        remaining = elapsed / max(step - self.first_step, 1) * (self.steps - step)
+        parts = [f"{self.stage} {step}/{self.steps}", f"loss {values['loss']:.4f}", f"lr {values['lr']:.2e}"]
+        for key, label in (("in_batch_accuracy", "accuracy"), ("alpha", "alpha")):
+            if key in values:
+                parts.append(f"{label} {values[key]:.2f}")
+        parts.append(f"{values['tokens_per_second']:,.0f} tokens/s")
+        parts.append(f"{clock(elapsed)} elapsed, {clock(remaining)} left")
+        print(" | ".join(parts), file=sys.stderr, flush=True)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _lines_up_to(file: Path, step: int) -> str:
+    """The whole lines of metrics.jsonl up to a step; a line torn by a kill is dropped."""
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except json.JSONDecodeError:
+            continue
+    return "".join(kept)

@@ -1,0 +1,128 @@
+"""Re-mining inside the loop, on a fixed step schedule."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megatron_conan.config.tree import MiningConfig
+from megatron_conan.data.batch import TextBatch
+from megatron_conan.mining.refresh import MiningReport, MiningSettings, fingerprint, remine
+from megatron_conan.mining.select import SelectionSettings
+from megatron_conan.mining.table import NegativesTable, SwapRule
+from megatron_conan.train.contrastive import Pairs
+from megatron_conan.train.loop import Trainer
+from megatron_conan.train.run_folder import write_atomically
+from megatron_conan.train.setup import Setup
+from megatron_conan.train.step import embed_texts, evaluating
+
+
+class MiningHook:
+    """Mines before step 1, and again every `mining.every` steps; the tables live in the stage's `Pairs`.
+
+    A checkpoint writes them, as they stand with the swaps since the mining, to negatives/step_*/SOURCE; what every mining
+    did is a line of negatives/mining.jsonl.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        """`setup.config.mining` must be there."""
+        assert setup.config.mining is not None
+        self.setup, self.mining = setup, setup.config.mining
+
+    def before_step(self, trainer: Trainer, step: int) -> dict[str, float]:
+        """Mine if due; age and replacements are metrics."""
+        data = trainer.parts.data
+        assert isinstance(data, Pairs)
+        if (step - 1) % self.mining.every == 0:
+            self._mine(trainer, data, step)
+        ages = [step - 1 - table.step for table in data.negatives.values()]
+        return {"negatives_age": float(max(ages, default=0))}
+
+    def after_training(self, trainer: Trainer) -> None:
+        """Nothing: negatives are for training only."""
+
+    def state(self, trainer: Trainer, step: int) -> dict[str, Any]:
+        """Write the tables as they stand and remember the folder."""
+        data = trainer.parts.data
+        assert isinstance(data, Pairs)
+        name = f"step_{step:08d}"
+        if self.setup.context.rank == 0:
+            for source, table in data.negatives.items():
+                table.save(self._folder() / name / source)
+            for old in sorted(self._folder().glob("step_*"))[: -self.setup.config.checkpoint.keep_last - 1]:
+                shutil.rmtree(old)
+        return {"folder": name, "sources": sorted(data.negatives)}
+
+    def restore(self, trainer: Trainer, state: dict[str, Any]) -> None:
+        """Read the tables of the checkpoint that the run resumes from."""
+        data = trainer.parts.data
+        assert isinstance(data, Pairs)
+        for source in state.get("sources", []):
+            expected = fingerprint(data.by_name[source], self.setup.tokenizer)
+            folder = self._folder() / state["folder"] / source
+            data.negatives[source] = NegativesTable.load(folder, expected, swap_rule(self.mining))
+
+    def _mine(self, trainer: Trainer, data: Pairs, step: int) -> None:
+        config, context = self.setup.config, self.setup.context
+
+        def embed(batch: TextBatch) -> Any:
+            return embed_texts(trainer.chunks, batch, context)
+
+        settings = MiningSettings(
+            selection=SelectionSettings(
+                pool_size=self.mining.pool_size,
+                window=self.mining.window,
+                skip_top=self.mining.skip_top,
+                margin=self.mining.margin,
+            ),
+            num_negatives=config.contrastive.num_hard_negatives,
+            max_query_length=config.max_query_length,
+            max_document_length=config.max_document_length,
+            max_tokens=self.mining.max_tokens,
+            pad_multiple=data.pad_multiple,
+            rule=swap_rule(self.mining),
+        )
+        for store in data.stores:
+            if store.task != "retrieval":
+                continue
+            with evaluating(trainer.chunks):
+                previous = data.negatives.get(store.name)
+                result = remine(store, embed, context, self.setup.tokenizer, settings, step=step - 1, previous=previous)
+            data.negatives[store.name] = result.table
+            if context.rank == 0:
+                self._record(store.name, result.report)
+
+    def _record(self, source: str, report: MiningReport) -> None:
+        """One line for people, one JSON line for programs."""
+        changed = "" if report.changed_share is None else f", {report.changed_share:.1%} of the negatives changed"
+        print(
+            f"mined {source} before step {report.step + 1}: {report.num_documents:,} documents in shards of "
+            f"{' + '.join(f'{size:,}' for size in report.shard_sizes)}, {report.num_queries:,} queries{changed}, "
+            f"mean negative {report.mean_negative_score:.3f}, mean positive {report.mean_positive_score:.3f}, "
+            f"{report.seconds:.1f} s",
+            file=sys.stderr,
+            flush=True,
+        )
+        file = self._folder() / "mining.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        earlier = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        # a run that was killed and resumed mines again what it had mined after its last checkpoint
+        kept = [
+            line
+            for line in earlier
+            if line["step"] < report.step or (line["step"] == report.step and line["source"] != source)
+        ]
+        lines = [*kept, {"source": source, **asdict(report)}]
+        write_atomically(file, "".join(json.dumps(line) + "\n" for line in lines))
+
+    def _folder(self) -> Path:
+        return self.setup.config.run_dir / "negatives"
+
+
+def swap_rule(mining: MiningConfig) -> SwapRule:
+    """The thresholds of the v2 rule from the config."""
+    return SwapRule(low_score=mining.low_score, drop_ratio=mining.drop_ratio, high_score=mining.high_score)

@@ -1,0 +1,155 @@
+"""One optimizer step through megatron-core's schedule, and one forward pass that embeds texts.
+
+Shapes: `b` micro-batch, `s` sequence, `n` texts, `h` hidden.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from torch import Tensor
+
+from megatron_conan.data.batch import TextBatch
+from megatron_conan.parallel.context import ParallelContext
+
+LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, "StepReport"]]
+ForwardStep = Callable[[Iterator[Any], torch.nn.Module], tuple[Tensor, LossFunction]]
+
+
+@dataclass
+class StepReport:
+    """What a micro-batch tells about itself; sums, so that ranks and micro-batches can be added up."""
+
+    means: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """name -> (sum, count): reported as sum / count over the global batch."""
+    totals: dict[str, float] = field(default_factory=dict)
+    """name -> sum over the global batch."""
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """What the pipeline schedule must know to receive activations."""
+
+    seq_length: int
+    micro_batch_size: int
+
+
+def train_step(
+    chunks: list[DistributedDataParallel],
+    optimizer: MegatronOptimizer,
+    forward_step: ForwardStep,
+    micro_batches: Sequence[Any],
+    shape: BatchShape,
+    context: ParallelContext,
+) -> dict[str, float]:
+    """Forward, backward and update over one global batch. All ranks must call.
+
+    Returns:
+        Means and totals over the global batch by name, and `grad_norm` (before clipping); equal on all ranks.
+
+    Raises:
+        FloatingPointError: on all ranks, if the loss or the gradient is not finite; weights are unchanged then.
+    """
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    reports = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[iter(micro_batches) for _ in chunks],
+        model=chunks,
+        num_microbatches=len(micro_batches),
+        seq_length=shape.seq_length,
+        micro_batch_size=shape.micro_batch_size,
+        forward_only=False,
+    )
+    values = reduce_reports(reports, context)
+    if not torch.isfinite(torch.tensor(values["loss"])):
+        raise FloatingPointError(f"the loss is {values['loss']}; lower optimizer.lr or look at the data of this step")
+    _, grad_norm, _ = optimizer.step()
+    values["grad_norm"] = float(grad_norm or 0.0)
+    return values
+
+
+def reduce_reports(reports: Sequence[StepReport], context: ParallelContext) -> dict[str, float]:
+    """Add up the micro-batches' reports over data-parallel ranks. All ranks must call; only the last stage has any."""
+    values: dict[str, float] = {}
+    if context.is_last_stage:
+        means = sorted({name for report in reports for name in report.means})
+        totals = sorted({name for report in reports for name in report.totals})
+        pairs = [[report.means.get(name, (0.0, 0.0)) for report in reports] for name in means]
+        sums = [float(sum(value)) for pair in pairs for value in zip(*pair, strict=True)]
+        sums += [sum(report.totals.get(name, 0.0) for report in reports) for name in totals]
+        reduced = torch.tensor(sums, dtype=torch.float64, device=context.device)
+        if context.dp_size > 1:
+            dist.all_reduce(reduced, group=context.dp_group)
+        numbers = reduced.tolist()
+        for i, name in enumerate(means):
+            if numbers[2 * i + 1] > 0:
+                values[name] = numbers[2 * i] / numbers[2 * i + 1]
+        values.update(zip(totals, numbers[2 * len(means) :], strict=True))
+    if context.pp_size > 1:
+        assert context.pp_group is not None
+        box = [values]
+        last = dist.get_process_group_ranks(context.pp_group)[-1]
+        dist.broadcast_object_list(box, src=last, group=context.pp_group, device=context.device)
+        values = box[0]
+    return values
+
+
+@torch.no_grad()
+def embed_texts(chunks: list[DistributedDataParallel], batch: TextBatch, context: ParallelContext) -> Tensor:
+    """Embed a batch of formatted texts with the live weights.
+
+    All tensor and pipeline ranks of a data-parallel rank must call, with the same batch.
+
+    Args:
+        chunks: this rank's model chunks (one: the interleaved schedule is for training only).
+        batch: n right-padded texts; under sequence parallelism s must be divisible by tp.
+        context: this rank's place.
+
+    Returns:
+        [n, h] fp32, unit length, the same on every tensor and pipeline rank.
+    """
+    if context.pp_size == 1:
+        return chunks[0](batch.tokens, batch.lengths, embed=True)
+
+    def forward_step(_: Any, model: torch.nn.Module) -> tuple[Tensor, None]:
+        return model(batch.tokens, batch.lengths, embed=True), None
+
+    outputs = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=None,
+        model=chunks,
+        num_microbatches=1,
+        seq_length=batch.tokens.shape[1],
+        micro_batch_size=batch.tokens.shape[0],
+        forward_only=True,
+    )
+    n, h = batch.tokens.shape[0], chunks[0].config.hidden_size
+    if context.is_last_stage:
+        embeddings = outputs[0].contiguous()
+    else:
+        embeddings = torch.empty((n, h), dtype=torch.float32, device=context.device)
+    assert context.pp_group is not None
+    dist.broadcast(embeddings, src=dist.get_process_group_ranks(context.pp_group)[-1], group=context.pp_group)
+    return embeddings
+
+
+@contextlib.contextmanager
+def evaluating(chunks: list[DistributedDataParallel]) -> Iterator[None]:
+    """Put the model into evaluation mode for the body."""
+    for chunk in chunks:
+        chunk.eval()
+    try:
+        yield
+    finally:
+        for chunk in chunks:
+            chunk.train()
