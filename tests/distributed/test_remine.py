@@ -1,0 +1,221 @@
+"""Mining of real pair files on real ranks: same table in every layout, equal to brute force over all documents."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gloo_pool import WorkerPool
+from test_sharded_search import context_of
+
+from megatron_conan.data.batch import TextBatch
+from megatron_conan.data.format import format_text
+from megatron_conan.data.pair_files import preprocess_pairs
+from megatron_conan.data.pairs import PairStore
+from megatron_conan.data.tokenizer import Tokenizer
+from megatron_conan.data.tokenizer_training import train_tokenizer
+from megatron_conan.mining.refresh import MiningResult, MiningSettings, NegativesTable, fingerprint, remine
+from megatron_conan.mining.select import SelectionSettings
+
+LAYOUTS = [(1, 1), (2, 1), (4, 2)]
+WORDS = ["red", "green", "blue", "small", "large", "round", "flat", "hot", "cold", "old", "new", "near", "far", "slow"]
+SETTINGS = MiningSettings(
+    selection=SelectionSettings(pool_size=6, window=40, skip_top=1, margin=0.9),
+    num_negatives=3,
+    max_query_length=20,
+    max_document_length=24,
+    max_tokens=64,
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(output prefix, tokenizer model): 40 rows, some with the same query, and 50 more documents."""
+    folder = tmp_path_factory.mktemp("pairs")
+    rng = np.random.default_rng(0)
+
+    def text() -> str:
+        return " ".join(rng.choice(WORDS, rng.integers(3, 12)))
+
+    rows = []
+    for i in range(36):
+        query = text()
+        rows.append(
+            {"query": query, "positive": [f"{query} {query} {rng.choice(WORDS)} {j}" for j in range(1 + i % 3)]}
+        )
+    rows += [{"query": rows[0]["query"], "positive": text()}, {"query": rows[0]["query"], "positive": text()}]
+    rows += [{"query": rows[1]["positive"][0], "positive": text()}]  # a query that is a document too
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    documents = [text() for _ in range(50)]
+    (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in documents))
+    (folder / "sample.model").write_bytes(train_tokenizer(documents, 340))
+    preprocess_pairs(
+        "retrieval",
+        [folder / "rows.jsonl"],
+        folder / "sample.model",
+        folder / "pairs",
+        corpus=[folder / "corpus.jsonl"],
+    )
+    return folder / "pairs", folder / "sample.model"
+
+
+def token_vectors(seed: int) -> torch.Tensor:
+    """[340, 8] small integers, so that every score is exact whatever the order of summation."""
+    return torch.from_numpy(np.random.default_rng(seed).integers(-2, 3, (340, 8))).float()
+
+
+def embed_with(vectors: torch.Tensor, batch: TextBatch) -> torch.Tensor:
+    """[n, 8]: the sum of the tokens' vectors, padding not counted."""
+    real = torch.arange(batch.tokens.shape[1]) < batch.lengths[:, None]
+    return (vectors[batch.tokens] * real[:, :, None]).sum(1)
+
+
+def mine_here(
+    data: tuple[Path, Path], world_size: int, tensor_parallel: int, settings: MiningSettings
+) -> tuple[MiningResult, MiningResult]:
+    """Mine, then mine again with other weights."""
+    tokenizer = Tokenizer(data[1])
+    store = PairStore(data[0], tokenizer)
+    context = context_of(world_size, tensor_parallel)
+    results: list[MiningResult] = []
+    for seed, step in ((1, 0), (2, 50)):
+        vectors = token_vectors(seed)
+        results.append(
+            remine(
+                store,
+                lambda batch, vectors=vectors: embed_with(vectors, batch),
+                context,
+                tokenizer,
+                settings,
+                step=step,
+                previous=results[-1].table if results else None,
+            )
+        )
+    return results[0], results[1]
+
+
+def brute_force(data: tuple[Path, Path], seed: int, settings: MiningSettings) -> tuple[np.ndarray, np.ndarray]:
+    """Pools [R, P] by scoring every document for every row, as the rules are said."""
+    tokenizer = Tokenizer(data[1])
+    store = PairStore(data[0], tokenizer)
+    vectors = token_vectors(seed).numpy()
+    choice = settings.selection
+
+    def vector(text_id: int, max_length: int) -> np.ndarray:
+        return vectors[format_text(store.tokens(text_id), max_length, tokenizer.eos_id)].sum(0)
+
+    documents = {int(i): vector(int(i), settings.max_document_length) for i in store.corpus_ids}
+    known: dict[int, set[int]] = {}
+    for row in range(store.num_rows):
+        known.setdefault(store.query(row), {store.query(row)}).update(store.positives(row).tolist())
+    ids = np.full((store.num_rows, choice.pool_size), -1, np.int64)
+    scores = np.full((store.num_rows, choice.pool_size), -np.inf, np.float32)
+    for row in range(store.num_rows):
+        query = store.query(row)
+        embedding = vector(query, settings.max_query_length)
+        ranked = sorted((-float(embedding @ v), i) for i, v in documents.items() if i not in known[query])
+        positive = min(float(embedding @ documents[i]) for i in known[query] - {query})
+        limit = positive - (1 - choice.margin) * abs(positive)
+        kept = [(-s, i) for s, i in ranked[choice.skip_top : choice.window] if -s <= limit][: choice.pool_size]
+        for place, (score, text_id) in enumerate(kept):
+            ids[row, place], scores[row, place] = text_id, score
+    return ids, scores
+
+
+@pytest.mark.parametrize(("world_size", "tensor_parallel"), LAYOUTS)
+def test_tables_equal_brute_force(
+    workers: WorkerPool, data: tuple[Path, Path], world_size: int, tensor_parallel: int
+) -> None:
+    results = workers.run(mine_here, world_size, data, world_size, tensor_parallel, SETTINGS)
+    store = PairStore(data[0], Tokenizer(data[1]))
+    expected = [brute_force(data, seed, SETTINGS) for seed in (1, 2)]
+    for number, (ids, scores) in enumerate(expected):
+        short_queries = {store.query(row) for row in np.flatnonzero(ids[:, -1] < 0)}
+        assert 0 < (ids < 0).sum() < ids.size / 2  # some pools are short, most are not
+        for result in results:
+            table, report = result[number].table, result[number].report
+            np.testing.assert_array_equal(table.pool_ids, ids)
+            np.testing.assert_array_equal(table.pool_scores, scores)
+            in_use = table.current(np.arange(len(ids)))
+            np.testing.assert_array_equal(in_use, ids[:, :3])
+            assert (table.version, table.step) == (number + 1, (0, 50)[number])
+            assert report.num_queries == len(ids) - 2
+            assert len(report.shard_sizes) == world_size
+            assert sum(report.shard_sizes) == report.num_documents
+            assert report.mean_negative_score == pytest.approx(scores[:, :3][ids[:, :3] >= 0].mean(), rel=1e-6)
+            assert report.num_empty_slots == (ids[:, :3] < 0).sum()
+            assert sum(report.short_queries.values()) == len(short_queries)
+    first, second = (ids[:, :3] for ids, _ in expected)
+    new = [i not in first[row] for row in range(len(second)) for i in second[row] if i >= 0]
+    assert results[0][0].report.changed_share is None
+    assert results[0][1].report.changed_share == pytest.approx(np.mean(new))
+
+
+def test_sampled_pools_are_the_same_in_every_layout(workers: WorkerPool, data: tuple[Path, Path]) -> None:
+    sampled = replace(SETTINGS, selection=replace(SETTINGS.selection, sample_seed=11, margin=None, pool_size=4))
+    hashes = {
+        result[1].table.content_hash()
+        for world_size, tensor_parallel in LAYOUTS
+        for result in workers.run(mine_here, world_size, data, world_size, tensor_parallel, sampled)
+    }
+    assert len(hashes) == 1
+
+
+def update_here(data: tuple[Path, Path], tensor_parallel: int) -> tuple[int, str, str]:
+    """Every dp rank brings updates for its own rows; tp ranks other than 0 bring nonsense that must not count."""
+    context = context_of(4, tensor_parallel)
+    table, whole = (mine_here(data, 4, tensor_parallel, SETTINGS)[0].table for _ in range(2))
+    rows = np.repeat(np.arange(len(table.pointer)), 3)
+    slots = np.tile(np.arange(3), len(table.pointer))
+    similarities = np.random.default_rng(5).random(len(rows)).astype(np.float32)
+    expected = whole.apply_updates(rows, slots, similarities)
+    mine = (rows % context.dp_size == context.dp_rank) & (rows != 7)
+    if context.dp_rank == 0:
+        mine |= rows == 7  # uneven parts
+    shown = similarities[mine] if context.tp_rank == 0 else np.full(mine.sum(), -1.0, np.float32)
+    assert table.update(rows[mine], slots[mine], shown, context) == expected
+    return expected, table.content_hash(), whole.content_hash()
+
+
+def test_updates_of_all_ranks_are_applied_once(workers: WorkerPool, data: tuple[Path, Path]) -> None:
+    results = workers.run(update_here, 4, data, 2)
+    assert results[0][0] > 0
+    assert len({value for _, *hashes in results for value in hashes}) == 1
+
+
+def test_a_saved_table_belongs_to_its_source(data: tuple[Path, Path], tmp_path: Path) -> None:
+    table = mine_here(data, 1, 1, SETTINGS)[1].table
+    table.save(tmp_path / "table")
+    tokenizer = Tokenizer(data[1])
+    corpus = fingerprint(PairStore(data[0], tokenizer), tokenizer)
+    assert NegativesTable.load(tmp_path / "table", corpus).content_hash() == table.content_hash()
+    with pytest.raises(ValueError, match="num_rows: 39 in the table, 40 now"):
+        NegativesTable.load(tmp_path / "table", replace(corpus, num_rows=40))
+
+
+def mine_expecting_error(data: tuple[Path, Path], world_size: int, message: str) -> str:
+    with pytest.raises(ValueError, match=message) as caught:
+        mine_here(data, world_size, 1, SETTINGS)
+    return str(caught.value)
+
+
+def test_a_positive_outside_the_corpus_stops_all_ranks(
+    workers: WorkerPool, data: tuple[Path, Path], tmp_path: Path
+) -> None:
+    for path in data[0].parent.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    store = PairStore(data[0], Tokenizer(data[1]))
+    lost = int(store.positives(20)[0])
+    np.save(tmp_path / "pairs.corpus.npy", store.corpus_ids[store.corpus_ids != lost])
+    errors = workers.run(mine_expecting_error, 2, (tmp_path / "pairs", data[1]), 2, "not among its documents")
+    assert errors[0] == errors[1]
+    assert f"text {lost};" in errors[0]
+
+
+def test_scored_pairs_are_refused(data: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "sts.jsonl").write_text(json.dumps({"text1": "red", "text2": "blue", "score": 1.0}) + "\n")
+    preprocess_pairs("sts", [tmp_path / "sts.jsonl"], data[1], tmp_path / "sts")
+    with pytest.raises(ValueError, match="scored pairs"):
+        mine_here((tmp_path / "sts", data[1]), 1, 1, SETTINGS)
