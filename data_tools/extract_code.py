@@ -5,7 +5,18 @@
 
 Reads the standard library and site-packages, holds out files (a quarter of the standard library, 8% of the rest), and
 writes training texts of all four stages, a BEIR evaluation set of held-out functions, and the documents of the live search.
-The schemas are in data_tools/README.md. The same installation gives the same files, whatever the number of workers.
+The same installation gives the same files, whatever the number of workers. Written into --output:
+
+    lm.jsonl       {text, source}                 docstring and code of each training function; source: raw | prepared
+    sft.jsonl      {instruction, input, output}   code -> first sentence, first sentence -> signature
+    weak.jsonl     {query, positive}              name and arguments -> docstring
+    train.jsonl    {query, positive}              first sentence of the docstring -> code without it
+    eval/          corpus.jsonl, queries.jsonl, qrels/test.tsv in BEIR's layout: held-out functions, prepared; the ids of
+                   standard library functions start with `stdlib`; `raw` keeps the text as it was
+    search.jsonl   {id, title, file, line, text (prepared), code (raw, cut), held_out}   every documented function read
+    summary.json   counts
+
+Training rows also carry `raw` (not prepared), `name`, `file` and `package`.
 """
 
 import argparse
