@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -49,6 +51,7 @@ class ConanModel(LanguageModule):
     ) -> None:
         """Build this stage's modules with uninitialised weights; `build_model` fills them."""
         super().__init__(config=core)
+        self.model_type = ModelType.encoder_or_decoder
         self.model_config, self.head, self.soft_mask = config.model, head, soft_mask
         self.pooling_mode = config.pooling.mode
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
@@ -117,6 +120,14 @@ class ConanModel(LanguageModule):
         if labels is None:
             return logits
         return self.compute_language_model_loss(labels, logits.float())
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Tensors with their place in the whole model; without an output layer there is no tied copy to describe."""
+        if self.head == "lm":
+            return super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        return MegatronModule.sharded_state_dict(self, prefix, sharded_offsets, metadata)
 
     def _rotary_angles(self, size: int) -> Tensor:
         """Angles [s, 1, 1, d] of positions 0 .. s-1, in the two-halves (NeoX, Llama) layout."""

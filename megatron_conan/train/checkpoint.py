@@ -136,6 +136,13 @@ def read_state(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "conan.json").read_text(encoding="utf-8"))
 
 
+def unwrap(chunk: torch.nn.Module) -> ConanModel:
+    """The model under megatron-core's data-parallel and precision wrappers."""
+    while not isinstance(chunk, ConanModel):
+        chunk = chunk.module
+    return chunk
+
+
 def _model_key(i: int, chunks: list[Any]) -> str:
     return "model" if len(chunks) == 1 else f"model{i}"
 
@@ -145,7 +152,7 @@ def _sharded_state(
 ) -> dict[str, Any]:
     metadata = dict(OPTIMIZER_SHARDING)
     sharded: dict[str, Any] = {
-        _model_key(i, chunks): chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)
+        _model_key(i, chunks): unwrap(chunk).sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)
     }
     sharded["optimizer"] = optimizer.sharded_state_dict(sharded, is_loading=is_loading, metadata=metadata)
     return sharded
@@ -154,7 +161,7 @@ def _sharded_state(
 def _load_model_state(loaded: dict[str, Any], chunks: list[DistributedDataParallel]) -> None:
     for i, chunk in enumerate(chunks):
         with torch.no_grad():
-            chunk.load_state_dict(loaded[_model_key(i, chunks)], strict=False)
+            unwrap(chunk).load_state_dict(loaded[_model_key(i, chunks)], strict=False)
 
 
 def check_start(config: RunConfig, tokenizer_sha256: str) -> None:
