@@ -1,7 +1,6 @@
 """Runs mteb on an encoder or an exported folder and writes the scores as JSON."""
 
 import json
-import os
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +12,7 @@ from mteb.abstasks import AbsTask
 from megatron_conan.evaluation.encoder import EmbeddingEncoder, load_folder_encoder
 from megatron_conan.evaluation.random_state import keep_random_state
 from megatron_conan.evaluation.tasks import load_task
+from megatron_conan.train.run_folder import write_atomically
 
 
 def run_mteb(encoder: EmbeddingEncoder | str | Path, tasks: Sequence[AbsTask | str | Path], out_dir: str | Path | None, *,
@@ -43,16 +43,11 @@ def run_mteb(encoder: EmbeddingEncoder | str | Path, tasks: Sequence[AbsTask | s
             result = mteb.evaluate(encoder, task, cache=None, co2_tracker=False, show_progress_bar=False).task_results[0]
             scores[name] = float(result.get_score())
             if write and out_dir is not None:
-                _write_json(Path(out_dir) / f"{name}.json", {
+                Path(out_dir).mkdir(parents=True, exist_ok=True)
+                record = {
                     "task": name, "main_score_name": task.metadata.main_score, "main_score": scores[name],
                     "model": encoder.mteb_model_meta.name, "revision": encoder.mteb_model_meta.revision,
-                    "mteb_version": version("mteb"), **(details or {}), "scores": result.scores})
+                    "mteb_version": version("mteb"), **(details or {}), "scores": result.scores}
+                write_atomically(Path(out_dir) / f"{name}.json",
+                                 json.dumps(record, indent=2, ensure_ascii=False, default=float) + "\n")
     return scores
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes under a temporary name, then renames."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=float) + "\n", encoding="utf-8")
-    temporary.replace(path)
