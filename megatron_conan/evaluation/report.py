@@ -52,7 +52,8 @@ svg .dot { stroke: var(--card); stroke-width: 2; } svg .dot.s1 { fill: var(--s1)
 svg .faint { stroke-width: 1; opacity: .35; }
 svg .level { stroke: var(--s2); stroke-width: 1.5; stroke-dasharray: 6 4; } svg .lead { stroke: var(--axis); fill: none; }
 svg .event { stroke: var(--axis); stroke-width: 1.5; stroke-dasharray: 2 3; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+.scroll { overflow-x: auto; } .wide { min-width: 620px; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: 6px 12px; border-bottom: 1px solid var(--grid); white-space: nowrap; }
 th { color: var(--soft); font-weight: 500; } th:first-child, td:first-child { text-align: left; }
 tr:last-child td { border-bottom: 0; }
@@ -164,7 +165,8 @@ def _quality(stages: Sequence[Mapping[str, Any]], bm25: Mapping[str, Any]) -> st
     lines = {f"BM25 {name}": value for name in bm25 if (value := _number(bm25, name)) is not None}
     if not points:
         return ""
-    return _card(draw_intervals("nDCG@10 after each stage", "nDCG@10 (0 to 1)", points, lines))
+    chart = draw_intervals("nDCG@10 after each stage", "nDCG@10 (0 to 1)", points, lines)
+    return _card(f'<div class="scroll"><div class="wide">{chart}</div></div>')
 
 
 def _columns(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
