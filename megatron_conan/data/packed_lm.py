@@ -205,9 +205,7 @@ def _summary_path(prefix: Path) -> Path:
 
 def _read_summaries(paths: Sequence[Path], tokenizer: Tokenizer, seq_length: int) -> list[dict[str, Any]]:
     """P.json of every corpus, after checking that the corpora fit tokenizer and sequence length."""
-    missing = [
-        path for path in paths if not all(file(path).is_file() for file in (bin_path, idx_path, _summary_path))
-    ]
+    missing = [path for path in paths if not all(file(path).is_file() for file in (bin_path, idx_path, _summary_path))]
     if missing:
         commands = "".join(f"\n  {_preprocess_command(path, tokenizer)}" for path in missing)
         raise ValueError(

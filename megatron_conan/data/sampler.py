@@ -134,9 +134,7 @@ def dp_slice(global_indices: np.ndarray, dp_rank: int, dp_size: int, micro_batch
     return list(np.asarray(global_indices).reshape(-1, dp_size, micro_batch_size)[:, dp_rank])
 
 
-def _normalised_weights(
-    sizes: Sequence[int], weights: Sequence[float] | None, temperature: float | None
-) -> np.ndarray:
+def _normalised_weights(sizes: Sequence[int], weights: Sequence[float] | None, temperature: float | None) -> np.ndarray:
     """[sources] float64 summing to 1."""
     if not sizes or min(sizes) < 1:
         raise ValueError(f"sizes={list(sizes)}: every source needs at least one row")

@@ -134,7 +134,9 @@ def _decode_utf8(offset: int, line: bytes) -> str:
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise LineError(offset, f"not valid UTF-8: byte 0x{line[error.start]:02x} at column {error.start + 1}") from None
+        raise LineError(
+            offset, f"not valid UTF-8: byte 0x{line[error.start]:02x} at column {error.start + 1}"
+        ) from None
 
 
 def _parse_object(offset: int, line: bytes) -> dict[str, Any]:

@@ -32,7 +32,9 @@ def write_rows(path, rows):
 @pytest.fixture
 def retrieval(tmp_path, tokenizer):
     rows = write_rows(tmp_path / "in.jsonl", RETRIEVAL)
-    corpus = write_rows(tmp_path / "corpus.jsonl", [{"text": "only in the corpus"}, {"text": DOCUMENTS[0]}, {"text": ""}])
+    corpus = write_rows(
+        tmp_path / "corpus.jsonl", [{"text": "only in the corpus"}, {"text": DOCUMENTS[0]}, {"text": ""}]
+    )
     preprocess_pairs("retrieval", [rows], tokenizer.path, tmp_path / "pairs", corpus=[corpus])
     return PairStore(tmp_path / "pairs", tokenizer)
 

@@ -8,9 +8,7 @@ from hypothesis import strategies as st
 from megatron_conan.data.sampler import SourceSchedule, dp_slice, sample_indices
 
 
-@given(
-    num_samples=st.integers(1, 40), seed=st.integers(0, 2**40), start=st.integers(0, 200), count=st.integers(0, 200)
-)
+@given(num_samples=st.integers(1, 40), seed=st.integers(0, 2**40), start=st.integers(0, 200), count=st.integers(0, 200))
 @settings(max_examples=100, deadline=None)
 def test_any_window_equals_the_stream_read_from_the_start(num_samples, seed, start, count):
     stream = sample_indices(num_samples, seed, 0, start + count)

@@ -36,7 +36,9 @@ def test_round_trip_of_any_text(tokenizer, text):
     assert min(ids, default=4) > 3  # never pad, unk, bos or eos
 
 
-@given(pieces=st.lists(st.sampled_from([" ", "  ", "\n", "\t", "def", "<s>", "</s>", "é", "我", "7", "x_y"]), max_size=20))
+@given(
+    pieces=st.lists(st.sampled_from([" ", "  ", "\n", "\t", "def", "<s>", "</s>", "é", "我", "7", "x_y"]), max_size=20)
+)
 @settings(max_examples=200, deadline=None)
 def test_round_trip_of_white_space_and_markers(tokenizer, pieces):
     text = "".join(pieces)
