@@ -49,8 +49,6 @@ class ExportSettings:
     """Whether prompt tokens enter the pooling, as they did in training."""
     truncate_dim: int | None = None
     """Matryoshka dimension that `encode` cuts to by default; None keeps all."""
-    dtype: torch.dtype = torch.float32
-    """Of the saved weights."""
     name: str = "megatron_conan model"
     """Title of the model card."""
 
@@ -163,7 +161,7 @@ def _require_replaceable(out_dir: Path) -> None:
 
 
 def _write_model(folder: Path, state_dict: Mapping[str, Tensor], shape: ModelShape, settings: ExportSettings) -> int:
-    """Writes config.json and model.safetensors; returns the number of parameters."""
+    """Writes config.json and model.safetensors (float32, which the check needs); returns the number of parameters."""
     config = LlamaConfig(
         architectures=["LlamaModel"], vocab_size=shape.vocab_size, hidden_size=shape.hidden_size,
         intermediate_size=shape.ffn_hidden_size, num_hidden_layers=shape.num_layers,
@@ -171,10 +169,10 @@ def _write_model(folder: Path, state_dict: Mapping[str, Tensor], shape: ModelSha
         head_dim=shape.kv_channels, hidden_act="silu", max_position_embeddings=settings.max_seq_length,
         rms_norm_eps=shape.norm_epsilon, rope_parameters={"rope_type": "default", "rope_theta": shape.rotary_base},
         attention_bias=False, mlp_bias=False, attention_dropout=0.0, use_cache=False, tie_word_embeddings=True,
-        pad_token_id=0, bos_token_id=2, eos_token_id=3, dtype=settings.dtype)
+        pad_token_id=0, bos_token_id=2, eos_token_id=3, dtype=torch.float32)
     config.is_causal = not settings.alpha
     config.save_pretrained(folder)
-    weights = {name: tensor.detach().to("cpu", settings.dtype).contiguous()
+    weights = {name: tensor.detach().to("cpu", torch.float32).contiguous()
                for name, tensor in to_hf(state_dict, shape).items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return sum(tensor.numel() for tensor in weights.values())
