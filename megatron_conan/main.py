@@ -6,8 +6,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_conan.config import RunConfig, check_config, load_config
+
+if TYPE_CHECKING:
+    from megatron_conan.train.loop import Hook
+    from megatron_conan.train.setup import Setup
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -44,11 +49,9 @@ def main(stage: str, argv: Sequence[str]) -> int:
 def run(config: RunConfig) -> dict[str, float]:
     """Train what `config` describes, in every process that torchrun started. Returns the last step's metrics."""
     from megatron_conan.data.tokenizer import Tokenizer
-    from megatron_conan.evaluation.live import EvaluationHook
     from megatron_conan.parallel.context import build_context, initialize_distributed
     from megatron_conan.train.checkpoint import check_start
-    from megatron_conan.train.loop import Hook, build_trainer, train
-    from megatron_conan.train.mining_hook import MiningHook
+    from megatron_conan.train.loop import build_trainer, train
     from megatron_conan.train.run_folder import check_run_folder
     from megatron_conan.train.setup import Setup
 
@@ -67,12 +70,20 @@ def run(config: RunConfig) -> dict[str, float]:
     check_start(config, tokenizer.sha256)
     context = build_context(config.parallel, device)
     setup = Setup(config, context, tokenizer)
+    return train(build_trainer(setup, build_hooks(setup)))
+
+
+def build_hooks(setup: Setup) -> dict[str, Hook]:
+    """What happens between steps, by the config: mining, evaluation."""
+    from megatron_conan.evaluation.live import EvaluationHook
+    from megatron_conan.train.mining_hook import MiningHook
+
     hooks: dict[str, Hook] = {}
-    if config.mining is not None:
+    if setup.config.mining is not None:
         hooks["mining"] = MiningHook(setup)
-    if config.evaluation is not None:
+    if setup.config.evaluation is not None:
         hooks["evaluation"] = EvaluationHook()
-    return train(build_trainer(setup, hooks))
+    return hooks
 
 
 def _check_files(config: RunConfig) -> None:

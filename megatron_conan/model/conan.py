@@ -150,7 +150,9 @@ def build_model(
         The chunks (one, or `parallel.virtual_pipeline`), and megatron-core's config that they share.
     """
     from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+    model_parallel_cuda_manual_seed(config.train.seed)
     core = transformer_config(config, device)
     num_chunks = config.parallel.virtual_pipeline or 1
     chunks = []

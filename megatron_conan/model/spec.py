@@ -49,7 +49,11 @@ def transformer_config(config: RunConfig, device: torch.device) -> TransformerCo
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
         gradient_accumulation_fusion=False,
-        perform_initialization=False,  # conan.initialize_parameters does it, independent of the layout
+        # conan.initialize_parameters draws the weights, independent of the layout; megatron-core's own initialisation only
+        # marks which parameters are split, and how
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
         use_cpu_initialization=device.type == "cpu",
         tensor_model_parallel_size=p.tensor,
         pipeline_model_parallel_size=p.pipeline,
@@ -64,6 +68,10 @@ def transformer_config(config: RunConfig, device: torch.device) -> TransformerCo
         batch_p2p_comm=not interleaved,
         deallocate_pipeline_outputs=not (interleaved and device.type == "cpu"),
     )
+
+
+def _leave(weight: torch.Tensor) -> torch.Tensor:
+    return weight
 
 
 def decoder_spec(

@@ -93,7 +93,7 @@ def train(trainer: Trainer) -> dict[str, float]:
     values: dict[str, float] = {}
     try:
         while trainer.step < config.train.steps:
-            values = _one_step(trainer)
+            values = one_step(trainer)
             logged = trainer.step % config.train.log_every == 0 or trainer.step in (1, config.train.steps)
             if writer is not None and logged:
                 writer.write(trainer.step, values)
@@ -106,8 +106,8 @@ def train(trainer: Trainer) -> dict[str, float]:
     return values
 
 
-def _one_step(trainer: Trainer) -> dict[str, float]:
-    """Hooks, data, forward, backward, update."""
+def one_step(trainer: Trainer) -> dict[str, float]:
+    """One step: hooks, data, forward, backward, update. All ranks must call. Returns the step's metrics."""
     setup = trainer.setup
     step = trainer.step + 1
     alpha = trainer.soft_mask.at_step(step)
