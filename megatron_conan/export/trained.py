@@ -1,0 +1,139 @@
+"""A trained run in one process: its model as a function from texts to vectors, and its export."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_conan.config import RunConfig
+from megatron_conan.config.tree import ParallelConfig, SoftMaskConfig
+from megatron_conan.data.batch import TextBatch
+from megatron_conan.data.format import format_text
+from megatron_conan.data.tokenizer import Tokenizer
+from megatron_conan.evaluation.retrieval import TextKind
+from megatron_conan.export.hf import ExportReport, ExportSettings, export_sentence_transformer
+from megatron_conan.export.mapping import ModelShape
+from megatron_conan.mining.encode import encode_texts
+from megatron_conan.model.conan import ConanModel, build_model
+from megatron_conan.model.mask import SoftMask
+from megatron_conan.parallel.context import ParallelContext, build_context, initialize_distributed
+from megatron_conan.train.checkpoint import find_checkpoint, load_weights, read_state
+from megatron_conan.train.run_folder import read_config
+
+ENCODE_TOKENS = 16384
+"""Padded tokens of one encoding batch."""
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run's latest checkpoint, loaded whole into this process whatever layout it was trained in."""
+
+    config: RunConfig
+    checkpoint: Path
+    step: int
+    alpha: float
+    """Opening of the soft mask at the checkpoint."""
+    model: ConanModel
+    tokenizer: Tokenizer
+    context: ParallelContext
+
+    @torch.no_grad()
+    def embed(self, texts: Sequence[str], kind: TextKind = "document") -> np.ndarray:
+        """Unit vectors [n, h] fp32, texts formatted and cut as in training."""
+        length = self.config.max_query_length if kind == "query" else self.config.max_document_length
+        ids = self.tokenizer.encode_batch(texts)
+
+        def embed_batch(batch: TextBatch) -> torch.Tensor:
+            return self.model(batch.tokens, batch.lengths, embed=True)
+
+        return encode_texts(
+            embed_batch,
+            [format_text(sequence, length, self.tokenizer.eos_id) for sequence in ids],
+            self.context,
+            max_tokens=max(ENCODE_TOKENS, length + 8),
+            pad_id=self.tokenizer.pad_id,
+        )
+
+
+def load_run(run_dir: Path) -> TrainedRun:
+    """Load a run folder (or one of its step_* folders) into this one process.
+
+    Raises:
+        ValueError: if there is no run or no checkpoint.
+    """
+    checkpoint = find_checkpoint(run_dir)
+    run = checkpoint.parent.parent
+    state = read_state(checkpoint)
+    trained = read_config(run)
+    config = trained.model_copy(
+        update={
+            "parallel": ParallelConfig(),
+            "soft_mask": SoftMaskConfig(form="row", schedule="constant", alpha=state["alpha"]),
+        }
+    )
+    device = initialize_distributed()
+    if dist.get_world_size() != 1:
+        raise ValueError(
+            f"loading a trained run takes one process, not {dist.get_world_size()}; start it without torchrun"
+        )
+    context = build_context(config.parallel, device)
+    soft_mask = SoftMask(config.soft_mask, config.train.steps, device)
+    soft_mask.set(state["alpha"])
+    chunks, _ = build_model(config, device, soft_mask, "embedding")
+    load_weights(checkpoint, chunks)
+    tokenizer = Tokenizer(config.tokenizer.model)
+    if tokenizer.sha256 != state["tokenizer_sha256"]:
+        raise ValueError(
+            f"{run} was trained with another tokenizer (sha256 {state['tokenizer_sha256'][:12]}) than {config.tokenizer.model} "
+            f"({tokenizer.sha256[:12]}) is now; put the old file back"
+        )
+    return TrainedRun(config, checkpoint, state["step"], state["alpha"], chunks[0].eval(), tokenizer, context)
+
+
+def model_shape(config: RunConfig) -> ModelShape:
+    """The shape that the weight table needs."""
+    m = config.model
+    return ModelShape(
+        num_layers=m.num_layers,
+        hidden_size=m.hidden_size,
+        num_attention_heads=m.num_attention_heads,
+        num_query_groups=m.num_query_groups,
+        kv_channels=m.head_dim,
+        ffn_hidden_size=m.ffn_hidden_size,
+        vocab_size=m.vocab_size,
+        rotary_base=m.rotary_base,
+        norm_epsilon=m.norm_epsilon,
+    )
+
+
+def export_run(run: TrainedRun, out_dir: Path, verify_texts: Sequence[str]) -> ExportReport:
+    """Write the run as a SentenceTransformer folder, checked against the trained model's own vectors.
+
+    Raises:
+        ValueError: if the mask is half open (0 < alpha < 1) or `out_dir` holds something else than an export.
+        RuntimeError: if the stock libraries give other vectors than the trained model.
+    """
+    settings = ExportSettings(
+        tokenizer_path=run.config.tokenizer.model,
+        alpha=run.alpha,
+        pooling=run.config.pooling.mode,
+        max_seq_length=run.config.max_document_length,
+        name=f"{run.checkpoint.parent.parent.name} (megatron_conan)",
+    )
+    return export_sentence_transformer(
+        {
+            name: value.float().cpu()
+            for name, value in run.model.state_dict().items()
+            if isinstance(value, torch.Tensor)
+        },
+        model_shape(run.config),
+        settings,
+        out_dir,
+        verify_texts=verify_texts,
+        reference=run.embed,
+    )
