@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_conan.data.batch import PairBatch
+from megatron_conan.data.batch import PairBatch, TextBatch
 from megatron_conan.data.pairs import PairStore, build_pair_batch
 from megatron_conan.data.sampler import SourceSchedule, dp_slice, sample_indices
 from megatron_conan.loss.contrastive import InfoNCE, excluded_documents, info_nce
@@ -22,6 +22,12 @@ from megatron_conan.loss.gather import gather_rows, gather_sizes, gather_with_gr
 from megatron_conan.mining.table import NegativesTable
 from megatron_conan.train.setup import Setup
 from megatron_conan.train.step import LossFunction, StepReport
+
+LENGTH_GROUP_WIDTH = 32
+"""A batch of texts is embedded in one group of similar length for every so many tokens of its width ..."""
+
+MAX_LENGTH_GROUPS = 4
+"""... but in no more than so many: every group has its own pass over the weights."""
 
 
 class Pairs:
@@ -74,6 +80,29 @@ def known_positives(store: PairStore, rows: np.ndarray, document_ids: np.ndarray
     return np.stack([np.isin(document_ids, store.positives(row)) for row in rows])
 
 
+def embed_by_length(model: torch.nn.Module, batch: TextBatch, multiple: int) -> Tensor:
+    """Embed texts in groups of similar length, each padded to its own longest text only.
+
+    Padding is masked, so grouping changes no embedding; it halves the tokens computed where lengths differ widely.
+
+    Args:
+        model: a whole model (one pipeline stage) with head "embedding".
+        batch: n right-padded texts.
+        multiple: padded lengths are multiples of this.
+
+    Returns:
+        [n, h] in the order of the batch.
+    """
+    order = torch.argsort(batch.lengths, stable=True)
+    num_groups = min(max(batch.tokens.shape[1] // LENGTH_GROUP_WIDTH, 1), MAX_LENGTH_GROUPS)
+    groups = [group for group in order.chunk(num_groups) if len(group)]
+    embeddings = []
+    for group in groups:
+        width = -(-int(batch.lengths[group[-1]]) // multiple) * multiple
+        embeddings.append(model(batch.tokens[group, :width], batch.lengths[group]))
+    return torch.cat(embeddings)[torch.argsort(order)]
+
+
 class Objective:
     """The contrastive loss over the global batch, for one micro-batch a rank.
 
@@ -89,8 +118,8 @@ class Objective:
     def forward_step(self, batches: Iterator[PairBatch], model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
         """Embed queries and documents ([q + d, h]); the loss follows."""
         batch = next(batches)
-        query = model(batch.query.tokens, batch.query.lengths)
-        document = model(batch.document.tokens, batch.document.lengths)
+        query = embed_by_length(model, batch.query, self.data.pad_multiple)
+        document = embed_by_length(model, batch.document, self.data.pad_multiple)
         loss = self._scored_loss if batch.task == "sts" else self._retrieval_loss
         return torch.cat([query, document]), partial(loss, batch)
 
