@@ -113,9 +113,8 @@ def _score_bm25(summary: dict[str, Any]) -> None:
         }
         ndcg = ndcg_at_k(run, {query: data.qrels[query] for query in data.query_ids}, 10)
         summary["bm25"][name] = {"settings": str(settings), "queries": ndcg, **_means(ndcg)}
-        print(
-            f"BM25 {name}: nDCG@10 {summary['bm25'][name]['ndcg']:.4f}, stdlib {summary['bm25'][name]['stdlib']:.4f} ({settings})"
-        )
+        means = _means(ndcg)
+        print(f"BM25 {name}: nDCG@10 {means['ndcg']:.4f}, stdlib {means['stdlib']:.4f} ({settings})")
 
 
 def _train(stage: str, size: str) -> None:

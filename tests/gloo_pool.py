@@ -186,6 +186,9 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 def _serve(connection: Connection, stack_file: Path) -> None:
     """The life of a worker: a job, its reply, the word to clean up, "clean"; until the pipe closes."""
+    # megatron-core writes checkpoints from child processes, which a daemon may not have; to the parent it stays one,
+    # so that pytest never waits for it
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     import torch
 
     torch.set_num_threads(1)

@@ -45,23 +45,14 @@ def tiny_config(stage: str, files: dict[str, Path], run_dir: Path, **sections: A
 
 
 def train_layout(config: RunConfig) -> dict[str, Any]:
-    """Run a config in this process's place of the world, through the code of `main.run`.
+    """Train step by step in this process's place of the world.
 
     Returns:
         losses and grad_norms of every step, and this rank's parameters and first-step gradients by global name.
     """
-    from megatron_conan.config import check_config
-    from megatron_conan.data.tokenizer import Tokenizer
-    from megatron_conan.main import build_hooks
-    from megatron_conan.parallel.context import build_context
     from megatron_conan.train import loop
-    from megatron_conan.train.setup import Setup
 
-    torch.manual_seed(torch.distributed.get_rank())  # nothing may depend on the global generator
-    check_config(config, torch.distributed.get_world_size())
-    context = build_context(config.parallel)
-    setup = Setup(config, context, Tokenizer(config.tokenizer.model))
-    trainer = loop.build_trainer(setup, build_hooks(setup))
+    trainer = _trainer(config)
     losses, norms, gradients = [], [], {}
     while trainer.step < config.train.steps:
         values = loop.one_step(trainer)
@@ -69,8 +60,40 @@ def train_layout(config: RunConfig) -> dict[str, Any]:
         norms.append(values["grad_norm"])
         if trainer.step == 1:
             gradients = _by_global_name(trainer, lambda p: p.main_grad)
-    weights = _by_global_name(trainer, lambda p: p.data)
-    return {"losses": losses, "grad_norms": norms, "gradients": gradients, "weights": weights}
+    return {"losses": losses, "grad_norms": norms, "gradients": gradients, "weights": final_weights(trainer)}
+
+
+def train_run(config: RunConfig) -> dict[str, Any]:
+    """Train as `main.run` does, with metrics and checkpoints; returns this rank's weights by global name."""
+    from megatron_conan.train import loop
+
+    trainer = _trainer(config)
+    loop.train(trainer)
+    return {"weights": final_weights(trainer)}
+
+
+def final_weights(trainer: Any) -> dict[str, tuple[np.ndarray, int | None, int]]:
+    """This rank's parameters by global name."""
+    return _by_global_name(trainer, lambda p: p.data)
+
+
+def _trainer(config: RunConfig) -> Any:
+    from megatron_conan.config import check_config
+    from megatron_conan.data.tokenizer import Tokenizer
+    from megatron_conan.main import build_hooks
+    from megatron_conan.parallel.context import build_context
+    from megatron_conan.train import loop
+    from megatron_conan.train.checkpoint import check_start
+    from megatron_conan.train.run_folder import check_run_folder
+    from megatron_conan.train.setup import Setup
+
+    torch.manual_seed(torch.distributed.get_rank())  # nothing may depend on the global generator
+    tokenizer = Tokenizer(config.tokenizer.model)
+    check_config(config, torch.distributed.get_world_size())
+    check_run_folder(config)
+    check_start(config, tokenizer.sha256)
+    setup = Setup(config, build_context(config.parallel), tokenizer)
+    return loop.build_trainer(setup, build_hooks(setup))
 
 
 def _by_global_name(trainer: Any, value: Any) -> dict[str, tuple[np.ndarray, int | None, int]]:
