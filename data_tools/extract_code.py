@@ -40,7 +40,7 @@ from megatron_conan.data.code_functions import (
     stable_fraction,
 )
 from megatron_conan.data.code_split import CodeSplit, split_functions
-from megatron_conan.data.prepare import prepare_query
+from megatron_conan.data.prepare import prepare_code, prepare_query
 
 RAW_SHARE = 0.15  # of training texts that stay raw, so that the model also ranks code nobody prepared
 SFT_SHARE = 0.25  # of training functions that become an instruction row
@@ -167,13 +167,13 @@ def evaluation_id(function: CodeFunction) -> str:
 
 
 def search_row(function: CodeFunction) -> Row:
-    """The live search's document of one function, held out or not."""
+    """The live search's document of one function, held out or not: qualified name and code, but no documentation."""
     return {
         "id": f"{function.package}:{function.file}:{function.line}",
         "title": function.name,
         "file": function.file,
         "line": function.line,
-        "text": function.prepared_code,
+        "text": prepare_code(f"{function.name}\n{function.code}"),
         "code": function.code[:SNIPPET_CHARACTERS],
         "held_out": function.held_out,
     }

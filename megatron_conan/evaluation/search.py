@@ -17,6 +17,7 @@ import numpy as np
 import yaml
 from sentence_transformers import SentenceTransformer
 
+from megatron_conan.data.code_functions import STDLIB
 from megatron_conan.data.prepare import prepare_query
 from megatron_conan.evaluation.beir import read_jsonl
 from megatron_conan.evaluation.bm25 import Bm25Index, Bm25Settings
@@ -73,7 +74,7 @@ def build_search_index(
     """Embed the documents and write the index; an earlier one is replaced file by file, its summary last.
 
     Args:
-        documents_jsonl: rows with `title`, `file`, `line`, `text` (prepared), `code`, `held_out`.
+        documents_jsonl: rows with `id` (PACKAGE:...), `title`, `file`, `line`, `text` (prepared), `code`, `held_out`.
         encode: embeds the texts with the exported weights by another way (the live model is quicker); None loads
             the export with sentence-transformers.
 
@@ -136,13 +137,17 @@ class SearchIndex:
                 f"{index_dir / EMBEDDINGS} has shape {self._embeddings.shape} but {DOCUMENTS} {len(self.documents)} rows"
                 f" and {SUMMARY} dim={summary['dim']}; {REMEDY} anew"
             )
+        self._is_stdlib = np.array([row["id"].startswith(f"{STDLIB}:") for row in self.documents])  # bool [n]
         self._model = _load_model(export_dir)
         self._bm25: Bm25Index | None = None
 
-    def search(self, question: str, *, k: int = 10, bm25: bool = False, raw: bool = False) -> list[SearchHit]:
+    def search(
+        self, question: str, *, k: int = 10, bm25: bool = False, raw: bool = False, stdlib_only: bool = False
+    ) -> list[SearchHit]:
         """The k best functions for a question.
 
         Args:
+            stdlib_only: rank the standard library's functions only, which are the same in every installation.
             bm25: fuse with BM25 (stop words, stemming) by reciprocal rank.
             raw: give the model the question as typed, instead of split and lower-cased words.
         """
@@ -155,13 +160,18 @@ class SearchIndex:
         vector = np.asarray(self._model.encode_query(text, show_progress_bar=False), dtype=np.float32)
         scores = self._embeddings @ (vector / max(float(np.linalg.norm(vector)), 1e-12))  # [n, e] @ [e] -> [n]
         ranked = np.lexsort((np.arange(len(scores)), -scores))
+        if stdlib_only:
+            ranked = ranked[self._is_stdlib[ranked]]
         if not bm25:
             return [self._hit(i, float(scores[i])) for i in ranked[:k].tolist()]
         if self._bm25 is None:
             self._bm25 = Bm25Index([row["text"] for row in self.documents], SEARCH_BM25)
         depth = max(FUSION_DEPTH, k)
-        words = self._bm25.rank([prepared], depth)[1][0]
-        fused = fuse_rankings([ranked[:depth].tolist(), words[words >= 0].tolist()])
+        words = self._bm25.rank([prepared], len(self.documents) if stdlib_only else depth)[1][0]
+        words = words[words >= 0]
+        if stdlib_only:
+            words = words[self._is_stdlib[words]]
+        fused = fuse_rankings([ranked[:depth].tolist(), words[:depth].tolist()])
         return [self._hit(i, score) for i, score in fused[:k]]
 
     def _hit(self, number: int, score: float) -> SearchHit:
@@ -181,14 +191,18 @@ def fuse_rankings(rankings: Sequence[Sequence[int]]) -> list[tuple[int, float]]:
 
 
 def hit_at_k(index: SearchIndex, questions_file: str | Path, *, k: int = 10, bm25: bool = False) -> HitReport:
-    """Ask the questions of a YAML file (`questions`: list of `question` and `expected` titles)."""
+    """Ask the questions of a YAML file (`questions`: list of `question` and `expected` titles).
+
+    Only standard library functions are ranked: the expected ones are from there, and which other packages with equally
+    good answers are installed differs between machines.
+    """
     questions = read_questions(questions_file)
     titles = {row["title"] for row in index.documents}
     ranks: dict[str, int | None] = {}
     for question, expected in questions.items():
         if titles.isdisjoint(expected):
             raise ValueError(f"none of {', '.join(sorted(expected))} is indexed, so {question!r} can't be answered")
-        hits = index.search(question, k=k, bm25=bm25)
+        hits = index.search(question, k=k, bm25=bm25, stdlib_only=True)
         ranks[question] = next((rank for rank, hit in enumerate(hits, start=1) if hit.title in expected), None)
     return HitReport(k, ranks)
 
@@ -237,7 +251,9 @@ def _load_model(export_dir: Path) -> SentenceTransformer:
 def _read_documents(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise ValueError(f"{path} is missing; {REMEDY}")
-    rows = read_jsonl(path, {"title": str, "file": str, "line": int, "text": str, "code": str, "held_out": bool})
+    rows = read_jsonl(
+        path, {"id": str, "title": str, "file": str, "line": int, "text": str, "code": str, "held_out": bool}
+    )
     if not rows:
         raise ValueError(f"{path} has no rows; {REMEDY}")
     return rows
