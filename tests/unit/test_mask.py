@@ -1,5 +1,7 @@
 """Soft-mask schedules: end points, formulas, monotony, and the state that all layers share."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ def test_opening_schedules_go_from_exactly_0_to_exactly_1(schedule, steps):
     values = [scheduled_alpha(schedule, step, steps) for step in range(steps + 1)]
     assert values[0] == 0.0
     assert values[-1] == 1.0
-    assert all(a < b for a, b in zip(values, values[1:], strict=False))
+    assert all(a < b for a, b in itertools.pairwise(values))
     assert scheduled_alpha(schedule, steps + 5, steps) == 1.0
 
 

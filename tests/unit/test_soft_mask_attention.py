@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron_conan.kernels.soft_mask_attention import soft_mask_attention_reference, soft_mask_weights
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_conan.config.tree import SoftMaskConfig
-from megatron_conan.kernels.soft_mask_attention import soft_mask_attention_reference, soft_mask_weights
 from megatron_conan.model.attention import LEARNED_THETA_START, SoftMaskAttention, effective_alpha
 from megatron_conan.model.mask import SoftMask
 
