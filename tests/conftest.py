@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 from gloo_pool import WorkerPool
+from tiny_data import tiny_data
+
+__all__ = ["tiny_data"]
 
 REAL_DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 

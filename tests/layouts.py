@@ -52,7 +52,7 @@ def train_layout(config: RunConfig) -> dict[str, Any]:
     """
     from megatron_conan.train import loop
 
-    trainer = _trainer(config)
+    trainer = build_test_trainer(config)
     losses, norms, gradients = [], [], {}
     while trainer.step < config.train.steps:
         values = loop.one_step(trainer)
@@ -67,7 +67,7 @@ def train_run(config: RunConfig) -> dict[str, Any]:
     """Train as `main.run` does, with metrics and checkpoints; returns this rank's weights by global name."""
     from megatron_conan.train import loop
 
-    trainer = _trainer(config)
+    trainer = build_test_trainer(config)
     loop.train(trainer)
     return {"weights": final_weights(trainer)}
 
@@ -77,7 +77,8 @@ def final_weights(trainer: Any) -> dict[str, tuple[np.ndarray, int | None, int]]
     return _by_global_name(trainer, lambda p: p.data)
 
 
-def _trainer(config: RunConfig) -> Any:
+def build_test_trainer(config: RunConfig) -> Any:
+    """A trainer with all checks of `main.run`, in a process group that is there already."""
     from megatron_conan.config import check_config
     from megatron_conan.data.tokenizer import Tokenizer
     from megatron_conan.main import build_hooks

@@ -8,7 +8,6 @@ another path.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import sys
 import types
@@ -36,16 +35,6 @@ CUDA_TYPE_NAMES = {
 """megatron-core sorts parameters by these names."""
 
 
-class _Stream:
-    """A CUDA stream's interface; the CPU runs everything in order."""
-
-    def wait_stream(self, *_: Any) -> None:
-        """Nothing to wait for."""
-
-    def synchronize(self) -> None:
-        """Nothing to wait for."""
-
-
 def _stand_ins() -> dict[str, Callable[..., Any]]:
     """What megatron-core may ask of torch.cuda, and the CPU's answer."""
     return {
@@ -54,13 +43,7 @@ def _stand_ins() -> dict[str, Callable[..., Any]]:
         "get_rng_state": lambda *_, **__: torch.get_rng_state(),
         "set_rng_state": lambda state, *_, **__: torch.set_rng_state(state),
         "manual_seed": lambda seed: torch.default_generator.manual_seed(seed),
-        "Stream": lambda *_, **__: _Stream(),
-        "current_stream": lambda *_: _Stream(),
-        "stream": lambda *_: contextlib.nullcontext(),
     }
-
-
-STAND_INS = frozenset(_stand_ins())
 
 
 def _caller() -> str:
@@ -175,5 +158,5 @@ def _install_tensor_methods() -> None:
         return self
 
     type_.stands_in = True  # type: ignore[attr-defined]
-    torch.Tensor.type = type_  # type: ignore[method-assign, assignment]
-    torch.Tensor.cuda = cuda  # type: ignore[method-assign]
+    torch.Tensor.type = type_  # type: ignore[method-assign,assignment]
+    torch.Tensor.cuda = cuda  # type: ignore[method-assign,assignment]

@@ -14,8 +14,10 @@ WORDS = ["fox", "dog", "lazy", "brown", "read", "path", "open", "file", "numbers
 
 def embed_words(texts: list[str]) -> np.ndarray:
     """Mean of fixed random word vectors -> [len(texts), 16] float32."""
-    rows = [np.mean([np.random.default_rng(list(word.encode())).standard_normal(16) for word in text.split()], axis=0)
-            for text in texts]
+    rows = [
+        np.mean([np.random.default_rng(list(word.encode())).standard_normal(16) for word in text.split()], axis=0)
+        for text in texts
+    ]
     return np.array(rows, dtype=np.float32).reshape(len(texts), 16)
 
 
