@@ -18,8 +18,9 @@ install: install-$(INSTALL) ## make .venv; EXTRAS=gpu for CUDA machines; INSTALL
 demo: install ## train, search and report on this machine's CPU; DEMO=short for a few minutes' worth
 	@$(PY) launch/demo.py $(if $(DEMO),--size $(DEMO))
 
+# -P: the checkout must not be on sys.path, its kernels/ would shadow another package of that name
 test: install ## all tests that need no GPU and little time, in one pytest process
-	@$(PY) -m pytest -q -m "not full and not gpu" $(PYTEST_ARGS)
+	@$(PY) -P -m pytest -q -m "not full and not gpu" $(PYTEST_ARGS)
 
 lint: install ## ruff and mypy
 	@$(PY) -m ruff check .
