@@ -139,7 +139,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 def unwrap(chunk: torch.nn.Module) -> ConanModel:
     """The model under megatron-core's data-parallel and precision wrappers."""
     while not isinstance(chunk, ConanModel):
-        chunk = chunk.module
+        chunk = chunk.get_submodule("module")
     return chunk
 
 
