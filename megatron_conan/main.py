@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,47 +32,48 @@ def main(stage: str, argv: Sequence[str]) -> int:
     parser.add_argument("--config", type=Path, default=default, help="YAML file of the stage (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that win over the file's")
     arguments = parser.parse_args(argv)
-    from megatron_conan.parallel.context import destroy_context
-
     try:
         config = load_config(arguments.config, arguments.overrides)
         if config.stage != stage:
             raise ValueError(f"{arguments.config} is of stage={config.stage}; start it with launch/{config.stage}.sh")
         run(config)
     except ValueError as error:
-        if _rank() == 0:
+        if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
-    finally:
-        destroy_context()
     return 0
 
 
 def run(config: RunConfig) -> dict[str, float]:
-    """Train what `config` describes, in every process that torchrun started. Returns the last step's metrics."""
+    """Train what `config` describes, in every process that torchrun started. Returns the last step's metrics.
+
+    Cheap checks come before the heavy imports, so that a mistake is told within a second or two.
+    """
     from megatron_conan.data.tokenizer import Tokenizer
-    from megatron_conan.parallel.context import build_context, initialize_distributed
-    from megatron_conan.train.checkpoint import check_start
-    from megatron_conan.train.loop import build_trainer, train
     from megatron_conan.train.run_folder import check_run_folder
-    from megatron_conan.train.setup import Setup
 
     _check_files(config)
+    check_config(config, int(os.environ.get("WORLD_SIZE", "1")))
+    check_run_folder(config)
     tokenizer = Tokenizer(config.tokenizer.model)
     if tokenizer.size > config.model.vocab_size:
         raise ValueError(
             f"model.vocab_size={config.model.vocab_size} is smaller than the {tokenizer.size} pieces of "
             f"{config.tokenizer.model}; raise it to at least {tokenizer.size}"
         )
-    device = initialize_distributed()
-    import torch.distributed as dist
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")  # optional packages it lacks
+    from megatron_conan.parallel.context import build_context, destroy_context, initialize_distributed
+    from megatron_conan.train.checkpoint import check_start
+    from megatron_conan.train.loop import build_trainer, train
+    from megatron_conan.train.setup import Setup
 
-    check_config(config, dist.get_world_size())
-    check_run_folder(config)
     check_start(config, tokenizer.sha256)
-    context = build_context(config.parallel, device)
-    setup = Setup(config, context, tokenizer)
-    return train(build_trainer(setup, build_hooks(setup)))
+    device = initialize_distributed()
+    try:
+        setup = Setup(config, build_context(config.parallel, device), tokenizer)
+        return train(build_trainer(setup, build_hooks(setup)))
+    finally:
+        destroy_context()
 
 
 def build_hooks(setup: Setup) -> dict[str, Hook]:
@@ -115,9 +118,3 @@ def _check_files(config: RunConfig) -> None:
         lines = "".join(f"\n    {command}" for command in commands)
         hint = "\n(`make demo` makes the data of configs/demo)" if "runs/demo" in str(tokenizer) else ""
         raise ValueError(f"missing: {', '.join(missing)}" + (f"; make it with{lines}" if commands else "") + hint)
-
-
-def _rank() -> int:
-    import os
-
-    return int(os.environ.get("RANK", "0"))

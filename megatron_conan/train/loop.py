@@ -59,10 +59,10 @@ def build_trainer(setup: Setup, hooks: dict[str, Hook]) -> Trainer:
     """
     config, context = setup.config, setup.context
     stage = STAGES[config.stage]
+    parts = stage.build(setup)  # refuses data that does not fit, before anything is written
     if context.rank == 0:
         open_run_folder(config, context.world_size)
     context.barrier()
-    parts = stage.build(setup)
     soft_mask = SoftMask(config.soft_mask, config.train.steps, context.device)
     chunks, core = build_model(config, context.device, soft_mask, stage.head)
     resume_from = latest_checkpoint(config.run_dir)
