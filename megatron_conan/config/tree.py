@@ -109,6 +109,8 @@ class OptimizerConfig(Section):
 
     lr: Annotated[float, Field(gt=0)]
     """Peak learning rate."""
+    decoupled_lr: Annotated[float, Field(gt=0)] | None = None
+    """Peak learning rate of the embedding table (as Megatron-LM's --decoupled-lr); `lr` if not given."""
     min_lr: Annotated[float, Field(ge=0)] = 0.0
     """Learning rate at the last step."""
     warmup_fraction: Fraction = 0.05

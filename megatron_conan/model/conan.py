@@ -60,6 +60,7 @@ class ConanModel(LanguageModule):
             self.embedding = LanguageModelEmbedding(
                 core, config.model.vocab_size, config.model.max_seq_length, position_embedding_type="none"
             )
+            self.embedding.word_embeddings.weight.is_embedding_or_output_parameter = True  # for optimizer.decoupled_lr
         backend = choose_backend(config.attention.backend)
         self.decoder = TransformerBlock(
             core,

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
 
 from megatron_conan.model.conan import build_model
 from megatron_conan.model.mask import SoftMask
@@ -131,7 +131,7 @@ def one_step(trainer: Trainer) -> dict[str, float]:
         "memory_gib": memory_gib(setup.context.device),
     }
     mask = {"alpha": alpha} if setup.config.is_contrastive else {}
-    first = {"loss": values.pop("loss"), "lr": trainer.optimizer.param_groups[0]["lr"]}
+    first = {"loss": values.pop("loss"), "lr": get_canonical_lr_for_logging(trainer.optimizer.param_groups) or 0.0}
     return {**first, **values, **timing, **mask, **hook_values}
 
 

@@ -55,6 +55,8 @@ def build_optimizer(
             optimizer="adam",
             lr=o.lr,
             min_lr=o.min_lr,
+            decoupled_lr=o.decoupled_lr,
+            decoupled_min_lr=o.min_lr if o.decoupled_lr is not None else None,
             weight_decay=o.weight_decay,
             adam_beta1=o.beta1,
             adam_beta2=o.beta2,
@@ -71,7 +73,7 @@ def build_optimizer(
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
-        max_lr=o.lr,
+        max_lr=max(o.lr, o.decoupled_lr or 0.0),
         min_lr=o.min_lr,
         lr_warmup_steps=min(round(o.warmup_fraction * steps), steps),
         lr_decay_steps=steps + 1,
