@@ -5,10 +5,14 @@ from pathlib import Path
 from setuptools import setup
 
 HERE = Path(__file__).parent
-PACKAGES = ["megatron_conan", *(
-    ".".join(p.parent.relative_to(HERE).parts) for p in sorted((HERE / "megatron_conan").glob("*/__init__.py")))]
-KERNELS = ["megatron_conan.kernels", *(
-    f"megatron_conan.kernels.{p.parent.name}" for p in sorted((HERE / "kernels").glob("*/__init__.py")))]
+PACKAGES = [
+    "megatron_conan",
+    *(".".join(p.parent.relative_to(HERE).parts) for p in sorted((HERE / "megatron_conan").glob("*/__init__.py"))),
+]
+KERNELS = [
+    "megatron_conan.kernels",
+    *(f"megatron_conan.kernels.{p.parent.name}" for p in sorted((HERE / "kernels").glob("*/__init__.py"))),
+]
 
 setup(
     name="megatron_conan",

@@ -13,8 +13,13 @@ REAL_DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--real-data", type=Path, default=REAL_DATA, metavar="DIR",
-                     help="folder of external data (default: ../shared/data beside the checkout)")
+    parser.addoption(
+        "--real-data",
+        type=Path,
+        default=REAL_DATA,
+        metavar="DIR",
+        help="folder of external data (default: ../shared/data beside the checkout)",
+    )
 
 
 @pytest.fixture(scope="session")

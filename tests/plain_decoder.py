@@ -16,8 +16,13 @@ from megatron_conan.export.hf import ExportSettings
 from megatron_conan.export.mapping import EMBEDDING, ModelShape, iterate_rules
 
 MAX_LENGTH = 24
-CORPUS = ["The quick brown fox jumps over the lazy dog.", "def read(path):\n    return open(path).read()",
-          "Ein schöner Tag in München", "今天天气很好", "Numbers 0123456789, and    runs of    spaces\tand tabs"]
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog.",
+    "def read(path):\n    return open(path).read()",
+    "Ein schöner Tag in München",
+    "今天天气很好",
+    "Numbers 0123456789, and    runs of    spaces\tand tabs",
+]
 
 
 def write_tokenizer(folder: Path, corpus: list[str], vocab_size: int) -> Path:
@@ -45,7 +50,7 @@ def rotate(x: torch.Tensor, base: float) -> torch.Tensor:
     s, _, d = x.shape
     angle = torch.arange(s, dtype=torch.float64)[:, None] * base ** (-torch.arange(0, d, 2, dtype=torch.float64) / d)
     cos, sin = angle.cos()[:, None], angle.sin()[:, None]
-    low, high = x[..., :d // 2], x[..., d // 2:]
+    low, high = x[..., : d // 2], x[..., d // 2 :]
     return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
 
 
@@ -59,28 +64,34 @@ def attend(x: torch.Tensor, qkv: torch.Tensor, shape: ModelShape, bidirectional:
         mask = mask.masked_fill(torch.ones_like(mask, dtype=torch.bool).triu(1), -math.inf)
     heads = []
     for group in range(groups):
-        key = rotate(mixed[:, group, per_group:per_group + 1], shape.rotary_base)[:, 0]
+        key = rotate(mixed[:, group, per_group : per_group + 1], shape.rotary_base)[:, 0]
         value = mixed[:, group, per_group + 1]
         for head in range(per_group):
-            query = rotate(mixed[:, group, head:head + 1], shape.rotary_base)[:, 0]
+            query = rotate(mixed[:, group, head : head + 1], shape.rotary_base)[:, 0]
             heads.append((query @ key.T / math.sqrt(d) + mask).softmax(dim=-1) @ value)
     return torch.cat(heads, dim=-1)
 
 
-def embed(ids: list[int], weights: dict[str, torch.Tensor], shape: ModelShape, bidirectional: bool,
-          pooling: str) -> np.ndarray:
+def embed(
+    ids: list[int], weights: dict[str, torch.Tensor], shape: ModelShape, bidirectional: bool, pooling: str
+) -> np.ndarray:
     """One sequence through a plain pre-norm decoder in fp64, pooled and normalised -> [h]."""
+
     def norm(x: torch.Tensor, name: str) -> torch.Tensor:
         return rms_norm(x, (shape.hidden_size,), weights[name], shape.norm_epsilon)
 
     x = weights[EMBEDDING][torch.tensor(ids)]
     for layer in range(shape.num_layers):
         name = f"decoder.layers.{layer}."
-        attended = attend(norm(x, name + "input_layernorm.weight"), weights[name + "self_attention.linear_qkv.weight"],
-                          shape, bidirectional)
+        attended = attend(
+            norm(x, name + "input_layernorm.weight"),
+            weights[name + "self_attention.linear_qkv.weight"],
+            shape,
+            bidirectional,
+        )
         x = x + attended @ weights[name + "self_attention.linear_proj.weight"].T
         hidden = norm(x, name + "pre_mlp_layernorm.weight") @ weights[name + "mlp.linear_fc1.weight"].T
-        gate, up = hidden[:, :shape.ffn_hidden_size], hidden[:, shape.ffn_hidden_size:]
+        gate, up = hidden[:, : shape.ffn_hidden_size], hidden[:, shape.ffn_hidden_size :]
         x = x + (silu(gate) * up) @ weights[name + "mlp.linear_fc2.weight"].T
     x = norm(x, "decoder.final_layernorm.weight")
     pooled = x[-1] if pooling == "last" else x.mean(dim=0)
@@ -93,14 +104,27 @@ class PlainModel:
     def __init__(self, folder: Path) -> None:
         self.tokenizer_path = write_tokenizer(folder, CORPUS, vocab_size=330)
         self.tokenizer = Tokenizer(self.tokenizer_path)
-        self.shape = ModelShape(num_layers=2, hidden_size=40, num_attention_heads=4, num_query_groups=2, kv_channels=12,
-                                ffn_hidden_size=56, vocab_size=self.tokenizer.size, rotary_base=500.0,
-                                norm_epsilon=1e-4)
+        self.shape = ModelShape(
+            num_layers=2,
+            hidden_size=40,
+            num_attention_heads=4,
+            num_query_groups=2,
+            kv_channels=12,
+            ffn_hidden_size=56,
+            vocab_size=self.tokenizer.size,
+            rotary_base=500.0,
+            norm_epsilon=1e-4,
+        )
         self.weights = make_weights(self.shape, padding_rows=13)
 
     def settings(self, **changes: Any) -> ExportSettings:
-        settings = ExportSettings(tokenizer_path=self.tokenizer_path, alpha=1.0, pooling="mean",
-                                  max_seq_length=MAX_LENGTH, prompts={"query": "query: ", "document": ""})
+        settings = ExportSettings(
+            tokenizer_path=self.tokenizer_path,
+            alpha=1.0,
+            pooling="mean",
+            max_seq_length=MAX_LENGTH,
+            prompts={"query": "query: ", "document": ""},
+        )
         return replace(settings, **changes)
 
     def tokens(self, text: str) -> list[int]:

@@ -35,13 +35,14 @@ def soft_mask_weights(form: Form, alpha: Tensor, lengths: Tensor, size: int) -> 
         size: s.
 
     Returns:
-        [b, 1 or n, s, s] in alpha's dtype; 0 at keys beyond l.
+        [b, 1 or n, s, s] in alpha's dtype, at least fp32 (bf16 can't count beyond 256); 0 at keys beyond l.
 
     Raises:
         ValueError: for an unknown form, or alpha per head in a form other than constant.
     """
     if alpha.dim() == 1 and form != "constant":
         raise ValueError(f"alpha per head is defined for form=constant only, not for form={form}")
+    alpha = alpha.to(torch.promote_types(alpha.dtype, torch.float32))
     position = torch.arange(1, size + 1, device=alpha.device, dtype=alpha.dtype)
     row, column = position[:, None], position[None, :]
     length = lengths.to(alpha)[:, None, None]  # [b, 1, 1]
@@ -84,8 +85,8 @@ def soft_mask_attention_reference(
     groups = n // k.shape[2]
     k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))  # [b, s, g, d] -> [b, s, n, d]
     scores = torch.einsum("bind,bjnd->bnij", q, k) * (scale if scale is not None else d**-0.5)
-    weights = soft_mask_weights(form, alpha.to(q.dtype), lengths, s)
-    probabilities = torch.softmax(scores + torch.log(weights), dim=-1)
+    weights = soft_mask_weights(form, alpha.to(torch.promote_types(q.dtype, torch.float32)), lengths, s)
+    probabilities = torch.softmax(scores + torch.log(weights), dim=-1).to(q.dtype)
     output = torch.einsum("bnij,bjnd->bind", probabilities, v)
     inside = torch.arange(s, device=q.device) < lengths[:, None]  # [b, s]
     return output * inside[:, :, None, None]

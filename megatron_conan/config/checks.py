@@ -115,6 +115,22 @@ def _check_stage(config: RunConfig, world_size: int) -> None:
             f"mining.pool_size={config.mining.pool_size} is smaller than "
             f"contrastive.num_hard_negatives={config.contrastive.num_hard_negatives}"
         )
+    if config.mining is not None:
+        _check_mining(config)
+
+
+def _check_mining(config: RunConfig) -> None:
+    mining = config.mining
+    assert mining is not None
+    if mining.window <= mining.skip_top:
+        raise ValueError(
+            f"mining.window={mining.window} leaves nothing after mining.skip_top={mining.skip_top}; widen the window"
+        )
+    longest = max(config.max_query_length, config.max_document_length) + 8  # padding rounds up to a multiple of 8 or tp
+    if mining.max_tokens < longest:
+        raise ValueError(
+            f"mining.max_tokens={mining.max_tokens} is below one padded text of {longest} tokens; use at least {longest}"
+        )
 
 
 def _check_single_micro_batch(config: RunConfig, world_size: int) -> None:

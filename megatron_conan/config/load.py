@@ -50,20 +50,31 @@ def parse_config(tree: dict[str, Any], origin: str) -> RunConfig:
         raise ValueError(f"{origin}: " + "; ".join(lines)) from None
 
 
-def read_tree(file: Path) -> dict[str, Any]:
-    """Read a YAML file as a plain tree with its `base:` files merged below it (keys of the file win)."""
+def read_tree(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Read a YAML file as a plain tree with its `base:` files merged below it (keys of the file win).
+
+    Raises:
+        ValueError: for a file that is missing, not text, not YAML, or whose `base:` leads back to itself (`above`).
+    """
+    if file.resolve() in above:
+        raise ValueError(f"{file}: base leads back to this file; a config can't build on itself")
     try:
         tree = yaml.safe_load(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"config file {file} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"config file {file} can't be read as text: {error}") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{file}: not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise ValueError(f"{file}: a mapping of sections is expected at the top level")
     bases = tree.pop("base", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ValueError(f"{file}: base={bases!r} must be the path of a YAML file, or a list of them")
     merged: dict[str, Any] = {}
-    for base in [bases] if isinstance(bases, str) else bases:
-        _merge(merged, read_tree(file.parent / base))
+    for base in bases:
+        _merge(merged, read_tree(file.parent / base, (*above, file.resolve())))
     _merge(merged, tree)
     return merged
 
@@ -110,16 +121,31 @@ def _apply_override(tree: dict[str, Any], word: str) -> None:
         raise ValueError(f"{word!r}: the value is not valid YAML: {error}") from None
     if isinstance(value, str):
         value = _as_float(value)
-    node = tree
+    node: Any = tree
     *sections, leaf = key.split(".")
     for name in sections:
-        child = node.get(name)
-        if child is None:
-            child = node[name] = {}
-        if not isinstance(child, dict):
-            raise ValueError(f"{word!r}: {name!r} is not a section")
-        node = child
-    node[leaf] = value
+        node = _child(node, name, word)
+    if isinstance(node, list):
+        node[_index(node, leaf, word)] = value
+    else:
+        node[leaf] = value
+
+
+def _child(node: Any, name: str, word: str) -> Any:
+    """The section (made if absent) or list that `name` leads to."""
+    if isinstance(node, list):
+        return node[_index(node, name, word)]
+    if node.get(name) is None:
+        node[name] = {}
+    if not isinstance(node[name], dict | list):
+        raise ValueError(f"{word!r}: {name!r} is not a section")
+    return node[name]
+
+
+def _index(node: list[Any], name: str, word: str) -> int:
+    if not name.isdigit() or int(name) >= len(node):
+        raise ValueError(f"{word!r}: {name!r} must be a number from 0 to {len(node) - 1}: a list stands there")
+    return int(name)
 
 
 def _as_float(text: str) -> str | float:

@@ -96,7 +96,7 @@ class TrainConfig(Section):
     """Samples (sequences or queries) a data-parallel rank processes at once."""
     global_batch_size: Positive
     """Samples of one optimizer step over all ranks; a multiple of micro_batch_size x dp."""
-    seed: int = 1234
+    seed: Annotated[int, Field(ge=0)] = 1234
     """Seed of initialisation, shuffling and sampling."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Compute precision; bf16 keeps fp32 master weights."""

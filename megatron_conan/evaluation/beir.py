@@ -30,7 +30,11 @@ def read_beir(folder: str | Path, split: str = "test") -> RetrievalData:
             query has a judgement.
     """
     folder = Path(folder)
-    corpus_file, queries_file, qrels_file = folder / "corpus.jsonl", folder / "queries.jsonl", folder / "qrels" / f"{split}.tsv"
+    corpus_file, queries_file, qrels_file = (
+        folder / "corpus.jsonl",
+        folder / "queries.jsonl",
+        folder / "qrels" / f"{split}.tsv",
+    )
     missing = [str(path) for path in (corpus_file, queries_file, qrels_file) if not path.is_file()]
     if missing:
         raise ValueError(f"{folder} is no BEIR folder: {', '.join(missing)} not found")
@@ -40,8 +44,14 @@ def read_beir(folder: str | Path, split: str = "test") -> RetrievalData:
     if not qrels:
         raise ValueError(f"no query of {queries_file} occurs in {qrels_file}")
     query_ids = [query for query in texts if query in qrels]
-    return RetrievalData(name=folder.name, document_ids=list(documents), documents=list(documents.values()),
-                         query_ids=query_ids, queries=[texts[query] for query in query_ids], qrels=qrels)
+    return RetrievalData(
+        name=folder.name,
+        document_ids=list(documents),
+        documents=list(documents.values()),
+        query_ids=query_ids,
+        queries=[texts[query] for query in query_ids],
+        qrels=qrels,
+    )
 
 
 def join_title(title: str, text: str) -> str:
@@ -60,10 +70,16 @@ def read_jsonl(path: Path, fields: dict[str, type | tuple[type, ...]]) -> list[d
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}:{number}: not JSON ({error})") from error
-            wrong = [name for name, kind in fields.items() if not isinstance(row, dict) or not isinstance(row.get(name), kind)]
+            wrong = [
+                name
+                for name, kind in fields.items()
+                if not isinstance(row, dict) or not isinstance(row.get(name), kind)
+            ]
             if wrong:
-                raise ValueError(f"{path}:{number}: field {wrong[0]!r} is missing or of another type; a row needs "
-                                 f"{', '.join(fields)}")
+                raise ValueError(
+                    f"{path}:{number}: field {wrong[0]!r} is missing or of another type; a row needs "
+                    f"{', '.join(fields)}"
+                )
             rows.append(row)
     return rows
 
@@ -89,6 +105,8 @@ def _read_qrels(path: Path) -> dict[str, dict[str, int]]:
                 query, document, score = parts
                 qrels.setdefault(query, {})[document] = int(score)
             except ValueError as error:
-                raise ValueError(f"{path}:{number}: expected query-id, corpus-id and a whole score, tab-separated, "
-                                 f"found {line.rstrip()!r}") from error
+                raise ValueError(
+                    f"{path}:{number}: expected query-id, corpus-id and a whole score, tab-separated, "
+                    f"found {line.rstrip()!r}"
+                ) from error
     return qrels

@@ -22,12 +22,24 @@ class EmbeddingEncoder(AbsEncoder):
     def __init__(self, embed_texts: EmbedTexts, *, name: str, revision: str = "local") -> None:
         """Args: name: `organisation/model`, written into results; a name without `/` becomes `local/name`."""
         self.embed_texts = embed_texts
-        self.mteb_model_meta = ModelMeta.create_empty({
-            "name": name if "/" in name else f"local/{name}", "revision": revision,
-            "similarity_fn_name": ScoringFunction.COSINE})
+        self.mteb_model_meta = ModelMeta.create_empty(
+            {
+                "name": name if "/" in name else f"local/{name}",
+                "revision": revision,
+                "similarity_fn_name": ScoringFunction.COSINE,
+            }
+        )
 
-    def encode(self, inputs: Any, *, task_metadata: Any, hf_split: str, hf_subset: str,
-               prompt_type: PromptType | None = None, **kwargs: Any) -> np.ndarray:
+    def encode(
+        self,
+        inputs: Any,
+        *,
+        task_metadata: Any,
+        hf_split: str,
+        hf_subset: str,
+        prompt_type: PromptType | None = None,
+        **kwargs: Any,
+    ) -> np.ndarray:
         """Embeds all texts of a DataLoader of batches `{"text": [...]}` -> [number of texts, e] float32."""
         texts = [text for batch in inputs for text in batch["text"]]
         kind: TextKind = "query" if prompt_type == PromptType.query else "document"
@@ -46,6 +58,8 @@ def load_folder_encoder(folder: str | Path, *, device: str | None = None, batch_
     model = SentenceTransformer(str(folder), device=device, local_files_only=True)
 
     def embed_texts(texts: list[str], kind: TextKind) -> np.ndarray:
-        return model.encode(texts, batch_size=batch_size, prompt=model.prompts.get(kind) or None, show_progress_bar=False)
+        return model.encode(
+            texts, batch_size=batch_size, prompt=model.prompts.get(kind) or None, show_progress_bar=False
+        )
 
     return EmbeddingEncoder(embed_texts, name=folder.resolve().name)

@@ -20,7 +20,12 @@ from megatron_conan.evaluation.svg import (
 )
 from megatron_conan.train.run_folder import write_atomically
 
-LOSS_UNITS = {"pretrain": "nats per token", "sft": "nats per token", "weak": "nats per query", "finetune": "nats per query"}
+LOSS_UNITS = {
+    "pretrain": "nats per token",
+    "sft": "nats per token",
+    "weak": "nats per query",
+    "finetune": "nats per query",
+}
 Metrics = dict[str, list[dict[str, Any]]]
 """Stage -> rows of its metrics.jsonl."""
 
@@ -64,8 +69,9 @@ ol { margin: 0; padding-left: 24px; } li { overflow-wrap: anywhere; } li i { fon
 """
 
 
-def write_report(run_dirs: Mapping[str, Path], summary: Mapping[str, Any], out: Path, *,
-                 title: str = "Training report") -> None:
+def write_report(
+    run_dirs: Mapping[str, Path], summary: Mapping[str, Any], out: Path, *, title: str = "Training report"
+) -> None:
     """Writes the page, under a temporary name first.
 
     Args:
@@ -83,20 +89,31 @@ def write_report(run_dirs: Mapping[str, Path], summary: Mapping[str, Any], out: 
         f"<h1>{escape(title)}</h1>",
         f"<p>{escape(' → '.join(run_dirs) or 'no stages')}</p>",
         _tiles(stages, summary.get("bm25") or {}),
-        _section("Retrieval quality", "Mean nDCG@10 over the held-out queries after each stage; bars are 95% bootstrap "
-                 "intervals over queries, dashed lines are BM25 on the same queries.",
-                 _quality(stages, summary.get("bm25") or {})),
+        _section(
+            "Retrieval quality",
+            "Mean nDCG@10 over the held-out queries after each stage; bars are 95% bootstrap "
+            "intervals over queries, dashed lines are BM25 on the same queries.",
+            _quality(stages, summary.get("bm25") or {}),
+        ),
         _section("Loss", "Pale: every step. Strong: running mean. Scales differ between stages.", _losses(metrics)),
         _section("Soft mask", "Opening of the attention: 0 is causal, 1 is bidirectional.", _alphas(metrics)),
-        _section("Positives and hard negatives", "Mean cosine similarity of queries to their positives and to their hard "
-                 "negatives, in training batches.", _similarities(metrics)),
+        _section(
+            "Positives and hard negatives",
+            "Mean cosine similarity of queries to their positives and to their hard negatives, in training batches.",
+            _similarities(metrics),
+        ),
         _section("Stages", "", _stage_table(stages, metrics)),
-        _section("Questions", "The best hits of the finished model for questions asked in plain words.",
-                 _questions(summary.get("questions") or [])),
+        _section(
+            "Questions",
+            "The best hits of the finished model for questions asked in plain words.",
+            _questions(summary.get("questions") or []),
+        ),
     ]
-    page = (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/><meta name="viewport" '
-            f'content="width=device-width, initial-scale=1"/><title>{escape(title)}</title><style>{STYLE}</style></head>\n'
-            f'<body><main>{chr(10).join(filter(None, body))}</main></body></html>\n')
+    page = (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/><meta name="viewport" '
+        f'content="width=device-width, initial-scale=1"/><title>{escape(title)}</title><style>{STYLE}</style></head>\n'
+        f"<body><main>{chr(10).join(filter(None, body))}</main></body></html>\n"
+    )
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, page)
@@ -155,13 +172,18 @@ def _tiles(stages: Sequence[Mapping[str, Any]], bm25: Mapping[str, Any]) -> str:
     seconds = [value for row in stages if (value := _number(row, "seconds")) is not None]
     if seconds:
         tiles.append((_duration(sum(seconds)), "all stages together"))
-    inner = "".join(f'<div class="tile"><b>{escape(value)}</b><span>{escape(label)}</span></div>' for value, label in tiles)
+    inner = "".join(
+        f'<div class="tile"><b>{escape(value)}</b><span>{escape(label)}</span></div>' for value, label in tiles
+    )
     return f'<div class="tiles">{inner}</div>' if tiles else ""
 
 
 def _quality(stages: Sequence[Mapping[str, Any]], bm25: Mapping[str, Any]) -> str:
-    points = [IntervalPoint(str(row.get("stage", "")), value, _number(row, "ndcg_low"), _number(row, "ndcg_high"))
-              for row in stages if (value := _number(row, "ndcg")) is not None]
+    points = [
+        IntervalPoint(str(row.get("stage", "")), value, _number(row, "ndcg_low"), _number(row, "ndcg_high"))
+        for row in stages
+        if (value := _number(row, "ndcg")) is not None
+    ]
     lines = {f"BM25 {name}": value for name in bm25 if (value := _number(bm25, name)) is not None}
     if not points:
         return ""
@@ -185,9 +207,19 @@ def _losses(metrics: Metrics) -> str:
     for stage, rows in metrics.items():
         steps, values = _columns(rows, "loss")
         if _has_values(values):
-            charts.append(draw_lines(LineChart(
-                f"{stage}: loss", "step", f"loss ({LOSS_UNITS.get(stage, 'nats')})",
-                [Series("every step", steps, values, faint=True), Series("running mean", steps, smooth(values))])))
+            charts.append(
+                draw_lines(
+                    LineChart(
+                        f"{stage}: loss",
+                        "step",
+                        f"loss ({LOSS_UNITS.get(stage, 'nats')})",
+                        [
+                            Series("every step", steps, values, faint=True),
+                            Series("running mean", steps, smooth(values)),
+                        ],
+                    )
+                )
+            )
     return _panels(charts)
 
 
@@ -196,8 +228,17 @@ def _alphas(metrics: Metrics) -> str:
     for stage, rows in metrics.items():
         steps, values = _columns(rows, "alpha")
         if _has_values(values) and len(set(values)) > 1:
-            charts.append(draw_lines(LineChart(f"{stage}: alpha", "step", "alpha (0 to 1)",
-                                               [Series("alpha", steps, values)], y_range=(0.0, 1.0))))
+            charts.append(
+                draw_lines(
+                    LineChart(
+                        f"{stage}: alpha",
+                        "step",
+                        "alpha (0 to 1)",
+                        [Series("alpha", steps, values)],
+                        y_range=(0.0, 1.0),
+                    )
+                )
+            )
     return _panels(charts)
 
 
@@ -205,14 +246,25 @@ def _similarities(metrics: Metrics) -> str:
     charts = []
     for stage, rows in metrics.items():
         series = []
-        for colour, (key, label) in enumerate([("positive_similarity", "positives"), ("negative_similarity", "negatives")], 1):
+        for colour, (key, label) in enumerate(
+            [("positive_similarity", "positives"), ("negative_similarity", "negatives")], 1
+        ):
             steps, values = _columns(rows, key)
             if _has_values(values):
                 series.append(Series(label, steps, smooth(values), colour))
         if series:
             mined = _mining_steps(rows)
-            charts.append(draw_lines(LineChart(f"{stage}: similarity", "step", "cosine similarity (-1 to 1)", series,
-                                               events={"re-mined": mined} if mined else {})))
+            charts.append(
+                draw_lines(
+                    LineChart(
+                        f"{stage}: similarity",
+                        "step",
+                        "cosine similarity (-1 to 1)",
+                        series,
+                        events={"re-mined": mined} if mined else {},
+                    )
+                )
+            )
     return _panels(charts)
 
 
@@ -233,10 +285,18 @@ def _stage_table(stages: Sequence[Mapping[str, Any]], metrics: Metrics) -> str:
         loss = _number(row, "loss") if _number(row, "loss") is not None else _number(last, "loss")
         low, high, seconds = _number(row, "ndcg_low"), _number(row, "ndcg_high"), _number(row, "seconds")
         speeds = sorted(value for entry in rows if (value := _number(entry, "tokens_per_second")) is not None)
-        lines.append([
-            name, f"{last['step']:,}" if last else "", _decimals(loss), _decimals(_number(row, "ndcg")),
-            f"{low:.3f} – {high:.3f}" if low is not None and high is not None else "", _decimals(_number(row, "bm25")),
-            f"{speeds[len(speeds) // 2]:,.0f}" if speeds else "", _duration(seconds) if seconds is not None else ""])
+        lines.append(
+            [
+                name,
+                f"{last['step']:,}" if last else "",
+                _decimals(loss),
+                _decimals(_number(row, "ndcg")),
+                f"{low:.3f} – {high:.3f}" if low is not None and high is not None else "",
+                _decimals(_number(row, "bm25")),
+                f"{speeds[len(speeds) // 2]:,.0f}" if speeds else "",
+                _duration(seconds) if seconds is not None else "",
+            ]
+        )
     if not lines:
         return ""
     head = "".join(f"<th>{cell}</th>" for cell in header)
@@ -249,10 +309,15 @@ def _questions(questions: Sequence[Mapping[str, Any]]) -> str:
     for row in questions:
         kind, verdict = ("yes", "✓ expected answer found") if row.get("hit") else ("no", "✗ expected answer missing")
         mark = "" if row.get("hit") is None else f'<span class="{kind}">{verdict}</span>'
-        hits = "".join(f"<li>{escape(str(hit.get('title', '')))} <i>{_decimals(_number(hit, 'score'))}</i></li>"
-                       for hit in row.get("hits") or [])
-        parts.append(f'<div class="card question"><h3>{escape(str(row.get("question", "")))}{mark}</h3>'
-                     + (f"<ol>{hits}</ol>" if hits else "<p>no hits</p>") + "</div>")
+        hits = "".join(
+            f"<li>{escape(str(hit.get('title', '')))} <i>{_decimals(_number(hit, 'score'))}</i></li>"
+            for hit in row.get("hits") or []
+        )
+        parts.append(
+            f'<div class="card question"><h3>{escape(str(row.get("question", "")))}{mark}</h3>'
+            + (f"<ol>{hits}</ol>" if hits else "<p>no hits</p>")
+            + "</div>"
+        )
     return "".join(parts)
 
 

@@ -54,7 +54,9 @@ class RetrievalResult:
         return bootstrap_interval(self.ndcg, confidence=confidence)
 
 
-def evaluate_retrieval(embed_texts: EmbedTexts, eval_dir: str | Path | RetrievalData, *, k: int = 10) -> RetrievalResult:
+def evaluate_retrieval(
+    embed_texts: EmbedTexts, eval_dir: str | Path | RetrievalData, *, k: int = 10
+) -> RetrievalResult:
     """Embeds corpus and queries, searches exactly by cosine and scores.
 
     Where `embed_texts` communicates, all its ranks must call this; every rank gets the same result.
@@ -74,14 +76,19 @@ def evaluate_retrieval(embed_texts: EmbedTexts, eval_dir: str | Path | Retrieval
     qrels = {query: data.qrels[query] for query in data.query_ids}
     ndcg, recall = ndcg_at_k(run, qrels, k), recall_at_k(run, qrels, k)
     return RetrievalResult(
-        name=data.name, k=k, num_documents=len(data.documents), query_ids=data.query_ids,
+        name=data.name,
+        k=k,
+        num_documents=len(data.documents),
+        query_ids=data.query_ids,
         ndcg=np.array([ndcg[query] for query in data.query_ids]),
         recall=np.array([recall[query] for query in data.query_ids]),
-        hits=[found[:k] for found in candidates])
+        hits=[found[:k] for found in candidates],
+    )
 
 
-def search_exact(queries: np.ndarray, documents: np.ndarray, document_ids: list[str],
-                 k: int) -> list[list[tuple[str, float]]]:
+def search_exact(
+    queries: np.ndarray, documents: np.ndarray, document_ids: list[str], k: int
+) -> list[list[tuple[str, float]]]:
     """Finds each query's k best documents and everything that ties with the k-th, by cosine.
 
     Ties are kept so that a metric's own order among equal scores applies; at most `MAX_CANDIDATES` a query. The products
@@ -97,7 +104,7 @@ def search_exact(queries: np.ndarray, documents: np.ndarray, document_ids: list[
     found: list[list[tuple[str, float]]] = [[] for _ in queries]
     directions = normalize(torch.from_numpy(queries), dim=1)
     for start in range(0, len(documents), DOCUMENT_BLOCK):
-        block = normalize(torch.from_numpy(documents[start:start + DOCUMENT_BLOCK]), dim=1)
+        block = normalize(torch.from_numpy(documents[start : start + DOCUMENT_BLOCK]), dim=1)
         scores = (directions @ block.T).numpy()  # [q, e] x [e, block] -> [q, block]
         best = min(k, scores.shape[1])
         kth = np.partition(scores, -best, axis=1)[:, -best]
@@ -110,7 +117,7 @@ def _cut(hits: list[tuple[str, float]], k: int) -> list[tuple[str, float]]:
     """Sorts by (-score, id) and drops what scores below the k-th."""
     ordered = sorted(hits, key=lambda hit: (-hit[1], hit[0]))
     least = ordered[min(k, len(ordered)) - 1][1]
-    return [hit for hit in ordered[:max(k, MAX_CANDIDATES)] if hit[1] >= least]
+    return [hit for hit in ordered[: max(k, MAX_CANDIDATES)] if hit[1] >= least]
 
 
 def _embed(embed_texts: EmbedTexts, texts: list[str], kind: TextKind) -> np.ndarray:
@@ -120,6 +127,8 @@ def _embed(embed_texts: EmbedTexts, texts: list[str], kind: TextKind) -> np.ndar
         raise ValueError(f"embed_texts gave an array of shape {vectors.shape} for {len(texts)} {kind} texts")
     if not np.isfinite(vectors).all():
         bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
-        raise ValueError(f"{len(bad)} of {len(texts)} {kind} vectors are not finite, the first at {bad[0]}: the model "
-                         "diverged; lower the learning rate or start from an earlier checkpoint")
+        raise ValueError(
+            f"{len(bad)} of {len(texts)} {kind} vectors are not finite, the first at {bad[0]}: the model "
+            "diverged; lower the learning rate or start from an earlier checkpoint"
+        )
     return np.ascontiguousarray(vectors)

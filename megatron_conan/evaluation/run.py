@@ -15,8 +15,14 @@ from megatron_conan.evaluation.tasks import load_task
 from megatron_conan.train.run_folder import write_atomically
 
 
-def run_mteb(encoder: EmbeddingEncoder | str | Path, tasks: Sequence[AbsTask | str | Path], out_dir: str | Path | None, *,
-             details: dict[str, Any] | None = None, write: bool = True) -> dict[str, float]:
+def run_mteb(
+    encoder: EmbeddingEncoder | str | Path,
+    tasks: Sequence[AbsTask | str | Path],
+    out_dir: str | Path | None,
+    *,
+    details: dict[str, Any] | None = None,
+    write: bool = True,
+) -> dict[str, float]:
     """Scores the encoder on each task with mteb.
 
     All ranks of a live model must call this with the same tasks. The global random generators are left as they were.
@@ -40,14 +46,24 @@ def run_mteb(encoder: EmbeddingEncoder | str | Path, tasks: Sequence[AbsTask | s
             name = task.metadata.name
             if name in scores:
                 raise ValueError(f"two tasks are called {name!r}: their results would overwrite each other; rename one")
-            result = mteb.evaluate(encoder, task, cache=None, co2_tracker=False, show_progress_bar=False).task_results[0]
+            result = mteb.evaluate(encoder, task, cache=None, co2_tracker=False, show_progress_bar=False).task_results[
+                0
+            ]
             scores[name] = float(result.get_score())
             if write and out_dir is not None:
                 Path(out_dir).mkdir(parents=True, exist_ok=True)
                 record = {
-                    "task": name, "main_score_name": task.metadata.main_score, "main_score": scores[name],
-                    "model": encoder.mteb_model_meta.name, "revision": encoder.mteb_model_meta.revision,
-                    "mteb_version": version("mteb"), **(details or {}), "scores": result.scores}
-                write_atomically(Path(out_dir) / f"{name}.json",
-                                 json.dumps(record, indent=2, ensure_ascii=False, default=float) + "\n")
+                    "task": name,
+                    "main_score_name": task.metadata.main_score,
+                    "main_score": scores[name],
+                    "model": encoder.mteb_model_meta.name,
+                    "revision": encoder.mteb_model_meta.revision,
+                    "mteb_version": version("mteb"),
+                    **(details or {}),
+                    "scores": result.scores,
+                }
+                write_atomically(
+                    Path(out_dir) / f"{name}.json",
+                    json.dumps(record, indent=2, ensure_ascii=False, default=float) + "\n",
+                )
     return scores

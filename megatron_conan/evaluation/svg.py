@@ -70,17 +70,24 @@ def draw_lines(chart: LineChart) -> str:
     x_ticks = make_ticks(min(x for x, _ in finite), max(x for x, _ in finite), whole=True)
     ends = chart.y_range or (min(y for _, y in finite), max(y for _, y in finite))
     y_ticks = make_ticks(*ends)
-    x_axis = Axis(min(x for x, _ in finite), max(max(x for x, _ in finite), min(x for x, _ in finite) + 1),
-                  LEFT, WIDTH - RIGHT)
+    x_axis = Axis(
+        min(x for x, _ in finite), max(max(x for x, _ in finite), min(x for x, _ in finite) + 1), LEFT, WIDTH - RIGHT
+    )
     y_axis = Axis(min(ends[0], y_ticks[0]), max(ends[1], y_ticks[-1]), HEIGHT - BOTTOM, TOP)
     parts = [_frame(chart, y_axis, y_ticks), _x_ticks(x_axis, x_ticks)]
     for name, steps in chart.events.items():
-        parts += [f'<line class="event" x1="{x_axis(step):.1f}" x2="{x_axis(step):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}">'
-                  f"<title>{escape(name)}, step {step:g}</title></line>" for step in steps]
+        parts += [
+            f'<line class="event" x1="{x_axis(step):.1f}" x2="{x_axis(step):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}">'
+            f"<title>{escape(name)}, step {step:g}</title></line>"
+            for step in steps
+        ]
     for series in chart.series:
         parts += _polylines(series, x_axis, y_axis)
-    parts.append(_legend([(series.label, f"s{series.colour}") for series in chart.series if not series.faint],
-                         list(chart.events)))
+    parts.append(
+        _legend(
+            [(series.label, f"s{series.colour}") for series in chart.series if not series.faint], list(chart.events)
+        )
+    )
     return _wrap(chart.title, parts)
 
 
@@ -89,7 +96,9 @@ def draw_intervals(title: str, y_label: str, points: Sequence[IntervalPoint], li
     labels = [f"{value:.3f} {label}" for label, value in lines.items()]
     right = round(24 + max(map(len, labels)) * CHARACTER) if labels else RIGHT
     width = WIDTH * 2
-    ends = [end for point in points for end in (point.low, point.high, point.value) if end is not None] + [*lines.values()]
+    ends = [end for point in points for end in (point.low, point.high, point.value) if end is not None] + [
+        *lines.values()
+    ]
     y_ticks = make_ticks(0.0, max(ends))
     y_axis = Axis(0.0, max(y_ticks[-1], max(ends)), HEIGHT - BOTTOM, TOP)
     chart = LineChart(title, "after stage", y_label, [])
@@ -97,8 +106,10 @@ def draw_intervals(title: str, y_label: str, points: Sequence[IntervalPoint], li
     places = _spread([y_axis(value) for value in lines.values()])
     for label, value, place in zip(labels, lines.values(), places, strict=True):
         y = y_axis(value)
-        parts.append(f'<line class="level" x1="{LEFT}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}">'
-                     f"<title>{escape(label)}</title></line>")
+        parts.append(
+            f'<line class="level" x1="{LEFT}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}">'
+            f"<title>{escape(label)}</title></line>"
+        )
         parts.append(f'<path class="lead" d="M{width - right} {y:.1f}L{width - right + 10} {place:.1f}"/>')
         parts.append(f'<text class="ink" x="{width - right + 14}" y="{place + 4:.1f}">{escape(label)}</text>')
     column = (width - right - LEFT) / max(len(points), 1)
@@ -130,7 +141,7 @@ def smooth(values: Sequence[float], fraction: float = 0.04) -> list[float]:
     half = max(0, round(len(values) * fraction / 2))
     result = []
     for index, value in enumerate(values):
-        window = [v for v in values[max(0, index - half):index + half + 1] if math.isfinite(v)]
+        window = [v for v in values[max(0, index - half) : index + half + 1] if math.isfinite(v)]
         result.append(sum(window) / len(window) if math.isfinite(value) else math.nan)
     return result
 
@@ -140,7 +151,7 @@ def _thin(series: Series) -> list[tuple[float, float]]:
     size = math.ceil(len(pairs) / MAX_POINTS)
     if size <= 1:
         return pairs
-    stretches = [pairs[start:start + size] for start in range(0, len(pairs), size)]
+    stretches = [pairs[start : start + size] for start in range(0, len(pairs), size)]
     return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in stretches]
 
 
@@ -152,14 +163,16 @@ def _polylines(series: Series, x_axis: Axis, y_axis: Axis) -> list[str]:
             runs[-1].append((x_axis(x), min(max(y_axis(y), y_axis.end), y_axis.start)))
         elif runs[-1]:
             runs.append([])
-    kind = f's{series.colour}{" faint" if series.faint else ""}'
+    kind = f"s{series.colour}{' faint' if series.faint else ''}"
     drawn = []
     for run in filter(None, runs):
         if len(run) == 1:
             drawn.append(f'<circle class="dot {kind}" cx="{run[0][0]:.1f}" cy="{run[0][1]:.1f}" r="3"/>')
             continue
         points = " ".join(f"{x:.1f},{y:.1f}" for x, y in run)
-        drawn.append(f'<polyline class="line {kind}" points="{points}"><title>{escape(series.label)}</title></polyline>')
+        drawn.append(
+            f'<polyline class="line {kind}" points="{points}"><title>{escape(series.label)}</title></polyline>'
+        )
     return drawn
 
 
@@ -174,7 +187,9 @@ def _interval(point: IntervalPoint, x: float, y_axis: Axis) -> list[str]:
     y = y_axis(point.value)
     parts.append(f'<circle class="dot s1" cx="{x:.1f}" cy="{y:.1f}" r="5"><title>{escape(text)}</title></circle>')
     parts.append(f'<text class="value" x="{x + 12:.1f}" y="{y + 4:.1f}">{point.value:.3f}</text>')
-    parts.append(f'<text class="tick" text-anchor="middle" x="{x:.1f}" y="{HEIGHT - BOTTOM + 17}">{escape(point.label)}</text>')
+    parts.append(
+        f'<text class="tick" text-anchor="middle" x="{x:.1f}" y="{HEIGHT - BOTTOM + 17}">{escape(point.label)}</text>'
+    )
     return parts
 
 
@@ -187,17 +202,22 @@ def _frame(chart: LineChart, y_axis: Axis, y_ticks: Sequence[float], width: int 
         parts.append(f'<line class="{kind}" x1="{LEFT}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="tick" text-anchor="end" x="{LEFT - 7}" y="{y + 4:.1f}">{tick:g}</text>')
     middle = (TOP + HEIGHT - BOTTOM) / 2
-    parts.append(f'<text class="label" text-anchor="middle" transform="translate(14 {middle:.0f}) rotate(-90)">'
-                 f"{escape(chart.y_label)}</text>")
-    parts.append(f'<text class="label" text-anchor="middle" x="{(LEFT + width - right) / 2:.0f}" y="{HEIGHT - 8}">'
-                 f"{escape(chart.x_label)}</text>")
+    parts.append(
+        f'<text class="label" text-anchor="middle" transform="translate(14 {middle:.0f}) rotate(-90)">'
+        f"{escape(chart.y_label)}</text>"
+    )
+    parts.append(
+        f'<text class="label" text-anchor="middle" x="{(LEFT + width - right) / 2:.0f}" y="{HEIGHT - 8}">'
+        f"{escape(chart.x_label)}</text>"
+    )
     return "".join(parts)
 
 
 def _x_ticks(x_axis: Axis, ticks: Sequence[float]) -> str:
     return "".join(
         f'<text class="tick" text-anchor="middle" x="{x_axis(tick):.1f}" y="{HEIGHT - BOTTOM + 17}">{tick:g}</text>'
-        for tick in ticks)
+        for tick in ticks
+    )
 
 
 def _legend(entries: Sequence[tuple[str, str]], events: Sequence[str]) -> str:
@@ -224,5 +244,7 @@ def _spread(places: Sequence[float]) -> list[float]:
 
 
 def _wrap(title: str, parts: Sequence[str], width: int = WIDTH) -> str:
-    return (f'<svg viewBox="0 0 {width} {HEIGHT}" role="img" aria-label="{escape(title)}" '
-            f'xmlns="http://www.w3.org/2000/svg">{"".join(parts)}</svg>')
+    return (
+        f'<svg viewBox="0 0 {width} {HEIGHT}" role="img" aria-label="{escape(title)}" '
+        f'xmlns="http://www.w3.org/2000/svg">{"".join(parts)}</svg>'
+    )

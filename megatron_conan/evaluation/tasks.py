@@ -29,10 +29,16 @@ class LocalRetrieval(AbsTaskRetrieval):
         if self.data_loaded:
             return
         data = read_beir(self.path, SPLIT)
-        self.dataset = {"default": {SPLIT: {
-            "corpus": Dataset.from_dict({"id": data.document_ids, "text": data.documents}),
-            "queries": Dataset.from_dict({"id": data.query_ids, "text": data.queries}),
-            "relevant_docs": {query: dict(judged) for query, judged in data.qrels.items()}, "top_ranked": None}}}
+        self.dataset = {
+            "default": {
+                SPLIT: {
+                    "corpus": Dataset.from_dict({"id": data.document_ids, "text": data.documents}),
+                    "queries": Dataset.from_dict({"id": data.query_ids, "text": data.queries}),
+                    "relevant_docs": {query: dict(judged) for query, judged in data.qrels.items()},
+                    "top_ranked": None,
+                }
+            }
+        }
         self.data_loaded = True
 
 
@@ -49,9 +55,17 @@ class LocalSTS(AbsTaskSTS):
         rows = read_jsonl(self.path, {"text1": str, "text2": str, "score": (int, float)})
         if len(rows) < 2:
             raise ValueError(f"{self.path} has {len(rows)} rows; a correlation needs at least 2")
-        self.dataset = DatasetDict({SPLIT: Dataset.from_dict({
-            "sentence1": [row["text1"] for row in rows], "sentence2": [row["text2"] for row in rows],
-            "score": [float(row["score"]) for row in rows]})})
+        self.dataset = DatasetDict(
+            {
+                SPLIT: Dataset.from_dict(
+                    {
+                        "sentence1": [row["text1"] for row in rows],
+                        "sentence2": [row["text2"] for row in rows],
+                        "score": [float(row["score"]) for row in rows],
+                    }
+                )
+            }
+        )
         self.data_loaded = True
 
 
@@ -77,7 +91,14 @@ def _make_task(base: type[AbsTask], path: Path, kind: str, main_score: str, lang
     """A task of a class of its own: mteb takes `metadata` from the class and drops an instance's when it unloads data."""
     name = path.name.removesuffix(".jsonl")
     metadata = TaskMetadata(
-        name=name, description=f"Local {kind} data: {name}", type=kind, category="t2t", modalities=["text"],
-        dataset={"path": str(path), "revision": "local"}, eval_splits=[SPLIT], eval_langs=[language],
-        main_score=main_score)
+        name=name,
+        description=f"Local {kind} data: {name}",
+        type=kind,
+        category="t2t",
+        modalities=["text"],
+        dataset={"path": str(path), "revision": "local"},
+        eval_splits=[SPLIT],
+        eval_langs=[language],
+        main_score=main_score,
+    )
     return type(base.__name__, (base,), {"metadata": metadata, "path": path})()

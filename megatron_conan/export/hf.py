@@ -63,9 +63,15 @@ class ExportReport:
     num_parameters: int
 
 
-def export_sentence_transformer(state_dict: Mapping[str, Tensor], shape: ModelShape, settings: ExportSettings,
-                                out_dir: str | Path, *, verify_texts: Sequence[str],
-                                reference: np.ndarray | Callable[[list[str]], np.ndarray]) -> ExportReport:
+def export_sentence_transformer(
+    state_dict: Mapping[str, Tensor],
+    shape: ModelShape,
+    settings: ExportSettings,
+    out_dir: str | Path,
+    *,
+    verify_texts: Sequence[str],
+    reference: np.ndarray | Callable[[list[str]], np.ndarray],
+) -> ExportReport:
     """Writes the folder under a temporary name, checks it with stock sentence-transformers, then renames it to `out_dir`.
 
     One process calls it (rank 0), with the gathered weights. An earlier export at `out_dir` is replaced.
@@ -84,9 +90,11 @@ def export_sentence_transformer(state_dict: Mapping[str, Tensor], shape: ModelSh
     _require_replaceable(out_dir)
     vectors = np.asarray(reference(texts) if callable(reference) else reference, dtype=np.float64)
     if vectors.shape != (len(texts), shape.hidden_size):
-        raise ValueError(f"reference vectors have shape {vectors.shape}, expected one row of hidden_size="
-                         f"{shape.hidden_size} for each of the {len(texts)} verify_texts")
-    vectors = _normalize(vectors[:, :settings.truncate_dim])
+        raise ValueError(
+            f"reference vectors have shape {vectors.shape}, expected one row of hidden_size="
+            f"{shape.hidden_size} for each of the {len(texts)} verify_texts"
+        )
+    vectors = _normalize(vectors[:, : settings.truncate_dim])
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
     try:
@@ -94,9 +102,15 @@ def export_sentence_transformer(state_dict: Mapping[str, Tensor], shape: ModelSh
         num_parameters = _write_model(folder, state_dict, shape, settings)
         _write_tokenizer(folder, settings, shape, texts)
         _write_modules(folder, shape, settings)
-        write_json(folder / VERIFY_FILE, {
-            "texts": texts, "vectors": [[float(f"{x:.8g}") for x in row] for row in vectors],
-            "min_cosine": MIN_COSINE, "versions": library_versions()})
+        write_json(
+            folder / VERIFY_FILE,
+            {
+                "texts": texts,
+                "vectors": [[float(f"{x:.8g}") for x in row] for row in vectors],
+                "min_cosine": MIN_COSINE,
+                "versions": library_versions(),
+            },
+        )
         write_model_card(folder, shape, settings, bidirectional=bool(settings.alpha), num_parameters=num_parameters)
         min_cosine = verify_export(folder)
         _replace_folder(folder, out_dir)
@@ -124,7 +138,8 @@ def verify_export(folder: str | Path) -> float:
         raise RuntimeError(
             f"{folder} does not give the trained model's vectors: cosine {cosines[worst]:.6f} (must exceed "
             f"{record['min_cosine']}) on text {record['texts'][worst][:100]!r}; written with {record['versions']}, read "
-            f"with {library_versions()}")
+            f"with {library_versions()}"
+        )
     return float(cosines[worst])
 
 
@@ -140,11 +155,15 @@ def write_json(path: Path, content: Any) -> None:
 
 def _check_settings(settings: ExportSettings, shape: ModelShape, texts: list[str]) -> None:
     if settings.alpha not in (0, 1):
-        raise ValueError(f"alpha={settings.alpha}: a stock Llama is causal (alpha 0) or bidirectional (alpha 1) and cannot "
-                         "express a half-open mask; train until the schedule ends at 1, or use a schedule that does")
+        raise ValueError(
+            f"alpha={settings.alpha}: a stock Llama is causal (alpha 0) or bidirectional (alpha 1) and cannot "
+            "express a half-open mask; train until the schedule ends at 1, or use a schedule that does"
+        )
     if settings.alpha and Version(version("transformers")) < Version(BIDIRECTIONAL_SINCE):
-        raise ValueError(f"transformers {version('transformers')} ignores is_causal=False in a Llama config; install "
-                         f"transformers >= {BIDIRECTIONAL_SINCE}")
+        raise ValueError(
+            f"transformers {version('transformers')} ignores is_causal=False in a Llama config; install "
+            f"transformers >= {BIDIRECTIONAL_SINCE}"
+        )
     if settings.pooling not in POOLING_KEYS:
         raise ValueError(f"pooling={settings.pooling!r} must be one of {sorted(POOLING_KEYS)}")
     if settings.max_seq_length < 2:
@@ -163,17 +182,33 @@ def _require_replaceable(out_dir: Path) -> None:
 def _write_model(folder: Path, state_dict: Mapping[str, Tensor], shape: ModelShape, settings: ExportSettings) -> int:
     """Writes config.json and model.safetensors (float32, which the check needs); returns the number of parameters."""
     config = LlamaConfig(
-        architectures=["LlamaModel"], vocab_size=shape.vocab_size, hidden_size=shape.hidden_size,
-        intermediate_size=shape.ffn_hidden_size, num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_attention_heads, num_key_value_heads=shape.num_query_groups,
-        head_dim=shape.kv_channels, hidden_act="silu", max_position_embeddings=settings.max_seq_length,
-        rms_norm_eps=shape.norm_epsilon, rope_parameters={"rope_type": "default", "rope_theta": shape.rotary_base},
-        attention_bias=False, mlp_bias=False, attention_dropout=0.0, use_cache=False, tie_word_embeddings=True,
-        pad_token_id=0, bos_token_id=2, eos_token_id=3, dtype=torch.float32)
+        architectures=["LlamaModel"],
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.ffn_hidden_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_attention_heads,
+        num_key_value_heads=shape.num_query_groups,
+        head_dim=shape.kv_channels,
+        hidden_act="silu",
+        max_position_embeddings=settings.max_seq_length,
+        rms_norm_eps=shape.norm_epsilon,
+        rope_parameters={"rope_type": "default", "rope_theta": shape.rotary_base},
+        attention_bias=False,
+        mlp_bias=False,
+        attention_dropout=0.0,
+        use_cache=False,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=3,
+        dtype=torch.float32,
+    )
     config.is_causal = not settings.alpha
     config.save_pretrained(folder)
-    weights = {name: tensor.detach().to("cpu", torch.float32).contiguous()
-               for name, tensor in to_hf(state_dict, shape).items()}
+    weights = {
+        name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in to_hf(state_dict, shape).items()
+    }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return sum(tensor.numel() for tensor in weights.values())
 
@@ -181,8 +216,10 @@ def _write_model(folder: Path, state_dict: Mapping[str, Tensor], shape: ModelSha
 def _write_tokenizer(folder: Path, settings: ExportSettings, shape: ModelShape, texts: list[str]) -> None:
     tokenizer = convert_tokenizer(settings.tokenizer_path, settings.max_seq_length)
     if len(tokenizer) != shape.vocab_size:
-        raise ValueError(f"vocab_size={shape.vocab_size} of the model differs from the {len(tokenizer)} pieces of "
-                         f"{settings.tokenizer_path}; pass the tokenizer the run was trained with")
+        raise ValueError(
+            f"vocab_size={shape.vocab_size} of the model differs from the {len(tokenizer)} pieces of "
+            f"{settings.tokenizer_path}; pass the tokenizer the run was trained with"
+        )
     verify_tokenizer(settings.tokenizer_path, tokenizer, texts)
     tokenizer.save_pretrained(folder)
 
@@ -190,20 +227,38 @@ def _write_tokenizer(folder: Path, settings: ExportSettings, shape: ModelShape, 
 def _write_modules(folder: Path, shape: ModelShape, settings: ExportSettings) -> None:
     """Writes the files that sentence-transformers reads, in the form that its releases from 5.0 on share."""
     parts = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
-    write_json(folder / "modules.json", [
-        {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
-        for index, (path, kind) in enumerate(parts)])
-    write_json(folder / "sentence_bert_config.json", {"max_seq_length": settings.max_seq_length, "do_lower_case": False})
+    write_json(
+        folder / "modules.json",
+        [
+            {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
+            for index, (path, kind) in enumerate(parts)
+        ],
+    )
+    write_json(
+        folder / "sentence_bert_config.json", {"max_seq_length": settings.max_seq_length, "do_lower_case": False}
+    )
     (folder / "1_Pooling").mkdir()
-    write_json(folder / "1_Pooling" / "config.json", {
-        "word_embedding_dimension": shape.hidden_size, "include_prompt": settings.include_prompt,
-        "pooling_mode_cls_token": False, **{key: settings.pooling == name for name, key in POOLING_KEYS.items()}})
+    write_json(
+        folder / "1_Pooling" / "config.json",
+        {
+            "word_embedding_dimension": shape.hidden_size,
+            "include_prompt": settings.include_prompt,
+            "pooling_mode_cls_token": False,
+            **{key: settings.pooling == name for name, key in POOLING_KEYS.items()},
+        },
+    )
     (folder / "2_Normalize").mkdir()
     versions = library_versions()
     top: dict[str, Any] = {
-        "__version__": {"sentence_transformers": versions["sentence-transformers"],
-                        "transformers": versions["transformers"], "pytorch": versions["torch"]},
-        "prompts": dict(settings.prompts), "default_prompt_name": None, "similarity_fn_name": "cosine"}
+        "__version__": {
+            "sentence_transformers": versions["sentence-transformers"],
+            "transformers": versions["transformers"],
+            "pytorch": versions["torch"],
+        },
+        "prompts": dict(settings.prompts),
+        "default_prompt_name": None,
+        "similarity_fn_name": "cosine",
+    }
     if settings.truncate_dim is not None:
         top["truncate_dim"] = settings.truncate_dim
     write_json(folder / "config_sentence_transformers.json", top)

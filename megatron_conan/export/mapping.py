@@ -31,8 +31,10 @@ class ModelShape:
 
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_query_groups:
-            raise ValueError(f"num_attention_heads={self.num_attention_heads} must be divisible by num_query_groups="
-                             f"{self.num_query_groups}")
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} must be divisible by num_query_groups="
+                f"{self.num_query_groups}"
+            )
 
 
 @dataclass(frozen=True)
@@ -96,16 +98,35 @@ MODEL_RULES = (
 )
 LAYER_RULES = (
     Rule("input_layernorm.weight", ("input_layernorm.weight",), lambda s: (s.hidden_size,), keep, keep_back),
-    Rule("self_attention.linear_qkv.weight",
-         ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
-         lambda s: (_qkv_rows(s), s.hidden_size), split_qkv, merge_qkv),
-    Rule("self_attention.linear_proj.weight", ("self_attn.o_proj.weight",),
-         lambda s: (s.hidden_size, s.num_attention_heads * s.kv_channels), keep, keep_back),
+    Rule(
+        "self_attention.linear_qkv.weight",
+        ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+        lambda s: (_qkv_rows(s), s.hidden_size),
+        split_qkv,
+        merge_qkv,
+    ),
+    Rule(
+        "self_attention.linear_proj.weight",
+        ("self_attn.o_proj.weight",),
+        lambda s: (s.hidden_size, s.num_attention_heads * s.kv_channels),
+        keep,
+        keep_back,
+    ),
     Rule("pre_mlp_layernorm.weight", ("post_attention_layernorm.weight",), lambda s: (s.hidden_size,), keep, keep_back),
-    Rule("mlp.linear_fc1.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-         lambda s: (2 * s.ffn_hidden_size, s.hidden_size), split_gate_up, merge_gate_up),
-    Rule("mlp.linear_fc2.weight", ("mlp.down_proj.weight",),
-         lambda s: (s.hidden_size, s.ffn_hidden_size), keep, keep_back),
+    Rule(
+        "mlp.linear_fc1.weight",
+        ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+        lambda s: (2 * s.ffn_hidden_size, s.hidden_size),
+        split_gate_up,
+        merge_gate_up,
+    ),
+    Rule(
+        "mlp.linear_fc2.weight",
+        ("mlp.down_proj.weight",),
+        lambda s: (s.hidden_size, s.ffn_hidden_size),
+        keep,
+        keep_back,
+    ),
 )
 
 
@@ -114,9 +135,15 @@ def iterate_rules(num_layers: int) -> list[Rule]:
     rules = list(MODEL_RULES)
     for layer in range(num_layers):
         rules.extend(
-            Rule(f"decoder.layers.{layer}.{rule.megatron}",
-                 tuple(f"layers.{layer}.{name}" for name in rule.hugging_face), rule.shape, rule.split, rule.merge)
-            for rule in LAYER_RULES)
+            Rule(
+                f"decoder.layers.{layer}.{rule.megatron}",
+                tuple(f"layers.{layer}.{name}" for name in rule.hugging_face),
+                rule.shape,
+                rule.split,
+                rule.merge,
+            )
+            for rule in LAYER_RULES
+        )
     return rules
 
 
@@ -134,13 +161,15 @@ def to_hf(state_dict: Mapping[str, Tensor], shape: ModelShape) -> dict[str, Tens
     _require_names(set(weights) - {OUTPUT_LAYER}, {rule.megatron for rule in rules}, "megatron")
     head = weights.get(OUTPUT_LAYER)
     if head is not None and not torch.equal(head, weights[EMBEDDING]):
-        raise ValueError(f"{OUTPUT_LAYER} differs from {EMBEDDING}: an untied head has no place in an embedding model; "
-                         "drop it from the state dict before the export")
+        raise ValueError(
+            f"{OUTPUT_LAYER} differs from {EMBEDDING}: an untied head has no place in an embedding model; "
+            "drop it from the state dict before the export"
+        )
     converted: dict[str, Tensor] = {}
     for rule in rules:
         weight = weights[rule.megatron]
         if rule.megatron == EMBEDDING:
-            weight = weight[:shape.vocab_size]
+            weight = weight[: shape.vocab_size]
         _require_shape(rule.megatron, weight, rule.shape(shape))
         converted.update(zip(rule.hugging_face, rule.split(weight, shape), strict=True))
     return converted
@@ -166,8 +195,10 @@ def from_hf(state_dict: Mapping[str, Tensor], shape: ModelShape) -> dict[str, Te
 def _require_names(found: set[str], expected: set[str], naming: str) -> None:
     missing, unknown = sorted(expected - found), sorted(found - expected)
     if missing or unknown:
-        raise ValueError(f"the {naming} state dict does not fit the model shape: {len(missing)} weights missing "
-                         f"{missing[:3]}, {len(unknown)} without a place {unknown[:3]}; check num_layers and the names")
+        raise ValueError(
+            f"the {naming} state dict does not fit the model shape: {len(missing)} weights missing "
+            f"{missing[:3]}, {len(unknown)} without a place {unknown[:3]}; check num_layers and the names"
+        )
 
 
 def _require_shape(name: str, weight: Tensor, expected: tuple[int, ...]) -> None:

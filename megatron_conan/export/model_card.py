@@ -14,11 +14,13 @@ if TYPE_CHECKING:
 CHECK_COMMAND = (
     "python -c \"import json, numpy, sentence_transformers as s; v = json.load(open('verify.json', encoding='utf-8')); "
     "e = s.SentenceTransformer('.', device='cpu').encode(v['texts'], normalize_embeddings=True); "
-    "print((e * numpy.array(v['vectors'])).sum(1).min())\"")
+    "print((e * numpy.array(v['vectors'])).sum(1).min())\""
+)
 
 
-def write_model_card(folder: Path, shape: ModelShape, settings: ExportSettings, *, bidirectional: bool,
-                     num_parameters: int) -> None:
+def write_model_card(
+    folder: Path, shape: ModelShape, settings: ExportSettings, *, bidirectional: bool, num_parameters: int
+) -> None:
     """Writes `folder`/README.md."""
     rows = {
         "parameters": f"{num_parameters:,}",
@@ -32,8 +34,9 @@ def write_model_card(folder: Path, shape: ModelShape, settings: ExportSettings, 
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     prompts = "".join(f"- `{name}`: `{text!r}`\n" for name, text in settings.prompts.items())
-    usage = ", prompt_name=\"" + next(iter(settings.prompts)) + '"' if settings.prompts else ""
-    (folder / "README.md").write_text(f"""---
+    usage = ', prompt_name="' + next(iter(settings.prompts)) + '"' if settings.prompts else ""
+    (folder / "README.md").write_text(
+        f"""---
 library_name: sentence-transformers
 pipeline_tag: feature-extraction
 tags:
@@ -68,4 +71,6 @@ run this; it must print a number above 0.99999:
 ```
 
 Written with transformers {version("transformers")} and sentence-transformers {version("sentence-transformers")}.
-""", encoding="utf-8")
+""",
+        encoding="utf-8",
+    )

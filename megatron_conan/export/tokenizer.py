@@ -35,19 +35,28 @@ def convert_tokenizer(model_file: str | Path, max_length: int) -> PreTrainedToke
     kinds = sentencepiece_model_pb2.ModelProto.SentencePiece
     vocabulary = {piece.piece: index for index, piece in enumerate(proto.pieces)}
     mergeable = [piece for piece in proto.pieces if piece.type in (kinds.NORMAL, kinds.USER_DEFINED, kinds.UNUSED)]
-    core = models.BPE(vocabulary, _list_merges(mergeable, vocabulary), unk_token="<unk>", fuse_unk=True,
-                      byte_fallback=True)
+    core = models.BPE(
+        vocabulary, _list_merges(mergeable, vocabulary), unk_token="<unk>", fuse_unk=True, byte_fallback=True
+    )
     backend = Tokenizer(core)
     backend.normalizer = normalizers.Replace(" ", WORD_BOUNDARY)
     backend.decoder = decoders.Sequence(
-        [decoders.Replace(WORD_BOUNDARY, " "), decoders.ByteFallback(), decoders.Fuse()])
+        [decoders.Replace(WORD_BOUNDARY, " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS.values()])
     backend.post_processor = processors.TemplateProcessing(
-        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", vocabulary["</s>"])])
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", vocabulary["</s>"])]
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, model_max_length=max_length, padding_side="right", truncation_side="right",
-        split_special_tokens=True, clean_up_tokenization_spaces=False,
-        model_input_names=["input_ids", "attention_mask"], **SPECIAL_TOKENS)
+        tokenizer_object=backend,
+        model_max_length=max_length,
+        padding_side="right",
+        truncation_side="right",
+        split_special_tokens=True,
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+        **SPECIAL_TOKENS,
+    )
 
 
 def verify_tokenizer(model_file: str | Path, tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> int:
@@ -62,10 +71,14 @@ def verify_tokenizer(model_file: str | Path, tokenizer: PreTrainedTokenizerFast,
         expected = [*reference.encode(text), eos]
         found = tokenizer(text, truncation=False)["input_ids"]
         if found != expected:
-            first = next((i for i, pair in enumerate(zip(expected, found, strict=False)) if pair[0] != pair[1]),
-                         min(len(expected), len(found)))
-            raise ValueError(f"the converted tokenizer differs from {model_file} on text {text[:200]!r} at token "
-                             f"{first}: {found[first:first + 8]}, SentencePiece gives {expected[first:first + 8]}")
+            first = next(
+                (i for i, pair in enumerate(zip(expected, found, strict=False)) if pair[0] != pair[1]),
+                min(len(expected), len(found)),
+            )
+            raise ValueError(
+                f"the converted tokenizer differs from {model_file} on text {text[:200]!r} at token "
+                f"{first}: {found[first : first + 8]}, SentencePiece gives {expected[first : first + 8]}"
+            )
         count += 1
     return count
 
@@ -85,13 +98,15 @@ def _read_model(model_file: Path) -> Any:
         "escape_whitespaces must be on": normalizer.escape_whitespaces,
         "treat_whitespace_as_suffix must be off": not trainer.treat_whitespace_as_suffix,
         "user defined symbols are not supported": not any(piece.type == kinds.USER_DEFINED for piece in proto.pieces),
-        "ids must start with <pad>, <unk>, <s>, </s>":
-            [piece.piece for piece in proto.pieces[:4]] == list(SPECIAL_TOKENS.values()),
+        "ids must start with <pad>, <unk>, <s>, </s>": [piece.piece for piece in proto.pieces[:4]]
+        == list(SPECIAL_TOKENS.values()),
     }
     failed = [remedy for remedy, holds in checks.items() if not holds]
     if failed:
-        raise ValueError(f"{model_file} cannot be exported: {'; '.join(failed)}; "
-                         "train the tokenizer with data_tools/train_tokenizer.py")
+        raise ValueError(
+            f"{model_file} cannot be exported: {'; '.join(failed)}; "
+            "train the tokenizer with data_tools/train_tokenizer.py"
+        )
     return proto
 
 
@@ -105,7 +120,8 @@ def _list_merges(mergeable: list[Any], vocabulary: dict[str, int]) -> list[tuple
     merges: list[tuple[str, str]] = []
     for piece in sorted(mergeable, key=lambda piece: -piece.score):
         text = piece.piece
-        splits = [(text[:cut], text[cut:]) for cut in range(1, len(text))
-                  if text[:cut] in known and text[cut:] in known]
+        splits = [
+            (text[:cut], text[cut:]) for cut in range(1, len(text)) if text[:cut] in known and text[cut:] in known
+        ]
         merges.extend(sorted(splits, key=lambda split: (vocabulary[split[0]], vocabulary[split[1]])))
     return merges

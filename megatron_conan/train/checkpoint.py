@@ -181,6 +181,17 @@ def check_start(config: RunConfig, tokenizer_sha256: str) -> None:
             f"{folder} was trained with another tokenizer (sha256 {state['tokenizer_sha256'][:12]}) than "
             f"{config.tokenizer.model} ({tokenizer_sha256[:12]}); set tokenizer.model to that one, or start from random weights"
         )
+    mask = config.soft_mask
+    if (
+        config.stage == "finetune"
+        and state["stage"] == "weak"
+        and (mask.schedule, mask.alpha) != ("constant", state["alpha"])
+    ):
+        raise ValueError(
+            f"{folder} ended stage weak with the soft mask at alpha={state['alpha']}, but finetune would train with "
+            f"soft_mask.schedule={mask.schedule}, alpha={mask.alpha}; set soft_mask.schedule=constant "
+            f"soft_mask.alpha={state['alpha']}"
+        )
     now = config.model.model_dump()
     differences = [
         f"{key}: {state['model'][key]} there, {now[key]} here" for key in SHAPE_KEYS if state["model"][key] != now[key]

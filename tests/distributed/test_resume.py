@@ -86,8 +86,9 @@ def test_stages_start_from_each_other(workers: WorkerPool, tiny_data: dict[str, 
         optimizer={"lr": 1e-12}, checkpoint={"init_from": str(pretrain)},
     )  # fmt: skip
     second = workers.run(train_run, 1, weak)
+    opened = {"schedule": "constant", "alpha": 1.0}
     finetune = _config(
-        "finetune", tiny_data, tmp_path / "finetune", train=train, optimizer={"lr": 1e-12},
+        "finetune", tiny_data, tmp_path / "finetune", train=train, optimizer={"lr": 1e-12}, soft_mask=opened,
         checkpoint={"init_from": str(tmp_path / "weak")},
     )  # fmt: skip
     third = workers.run(train_run, 1, finetune)

@@ -19,8 +19,13 @@ from megatron_conan.evaluation.run import run_mteb
 from megatron_conan.evaluation.tasks import load_task
 from megatron_conan.export.hf import export_sentence_transformer
 
-TOPICS = [["fox", "dog", "lazy", "brown"], ["read", "path", "open", "file"], ["Tag", "München", "schöner", "Ein"],
-          ["numbers", "runs", "spaces", "tabs"], ["天气", "今天", "很好", "0123"]]
+TOPICS = [
+    ["fox", "dog", "lazy", "brown"],
+    ["read", "path", "open", "file"],
+    ["Tag", "München", "schöner", "Ein"],
+    ["numbers", "runs", "spaces", "tabs"],
+    ["天气", "今天", "很好", "0123"],
+]
 
 
 @pytest.fixture(autouse=True)
@@ -41,8 +46,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     documents: list[dict[str, str]] = []
     for number in range(48):
         words = draw.choices(TOPICS[number % 5], k=6) + draw.choices([word for topic in TOPICS for word in topic], k=3)
-        documents.append({"_id": f"d{number:02}", "title": words[0] if number % 3 else "", "text": " ".join(words[1:]) + " "})
-    documents += [{**documents[number], "_id": f"{prefix}{number:02}"} for number in range(4) for prefix in ("a", "x", "z")]
+        documents.append(
+            {"_id": f"d{number:02}", "title": words[0] if number % 3 else "", "text": " ".join(words[1:]) + " "}
+        )
+    documents += [
+        {**documents[number], "_id": f"{prefix}{number:02}"} for number in range(4) for prefix in ("a", "x", "z")
+    ]
     queries = [{"_id": f"q{n}", "text": f" {' '.join(draw.choices(TOPICS[n % 5], k=3))}"} for n in range(20)]
     qrels = ["query-id\tcorpus-id\tscore"]
     for number in range(20):
@@ -95,24 +104,34 @@ def test_hits_come_in_canonical_order(folder: Path) -> None:
 
 def test_quick_evaluation_equals_mteb_where_everything_ties(folder: Path) -> None:
     """A collapsed model: all scores equal, so the metric's own order among ties decides."""
+
     def collapse(texts: list[str], kind: TextKind) -> np.ndarray:
         return np.tile(np.array([[3.0, 4.0]], dtype=np.float32), (len(texts), 1))
 
     quick = evaluate_retrieval(collapse, folder)
-    assert run_mteb(EmbeddingEncoder(collapse, name="collapsed"), [folder], None) == \
-        {"topics": pytest.approx(quick.mean_ndcg, abs=6e-6)}
+    assert run_mteb(EmbeddingEncoder(collapse, name="collapsed"), [folder], None) == {
+        "topics": pytest.approx(quick.mean_ndcg, abs=6e-6)
+    }
 
 
 def test_sts_equals_scipy(tmp_path: Path) -> None:
-    pairs = [("fox dog", "fox dog lazy", 5), ("fox dog", "read path", 0), ("open file", "open path file", 4.5),
-             ("Ein Tag", "Ein schöner Tag", 3), ("numbers", "fox runs", 1)]
+    pairs = [
+        ("fox dog", "fox dog lazy", 5),
+        ("fox dog", "read path", 0),
+        ("open file", "open path file", 4.5),
+        ("Ein Tag", "Ein schöner Tag", 3),
+        ("numbers", "fox runs", 1),
+    ]
     (tmp_path / "pairs_en.jsonl").write_text(
-        "".join(json.dumps({"text1": a, "text2": b, "score": s}) + "\n" for a, b, s in pairs), encoding="utf-8")
+        "".join(json.dumps({"text1": a, "text2": b, "score": s}) + "\n" for a, b, s in pairs), encoding="utf-8"
+    )
     first, second = (embed_words([pair[side] for pair in pairs], "document") for side in (0, 1))
     cosines = (first * second).sum(1) / np.linalg.norm(first, axis=1) / np.linalg.norm(second, axis=1)
     expected = spearmanr(cosines, [pair[2] for pair in pairs]).statistic
     task = load_task(tmp_path / "pairs_en.jsonl", language="eng-Latn")
-    assert run_mteb(EmbeddingEncoder(embed_words, name="lab/words"), [task], None) == {"pairs_en": pytest.approx(expected)}
+    assert run_mteb(EmbeddingEncoder(embed_words, name="lab/words"), [task], None) == {
+        "pairs_en": pytest.approx(expected)
+    }
 
 
 def test_random_state_is_left_alone(folder: Path) -> None:
@@ -127,8 +146,14 @@ def test_random_state_is_left_alone(folder: Path) -> None:
 
 def export_random_model(folder: Path, prompts: dict[str, str]) -> tuple[PlainModel, Path]:
     model = PlainModel(folder)
-    export_sentence_transformer(model.weights, model.shape, model.settings(prompts=prompts), folder / "export",
-                                verify_texts=["a text"], reference=model.vectors)
+    export_sentence_transformer(
+        model.weights,
+        model.shape,
+        model.settings(prompts=prompts),
+        folder / "export",
+        verify_texts=["a text"],
+        reference=model.vectors,
+    )
     return model, folder / "export"
 
 

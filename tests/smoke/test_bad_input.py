@@ -149,3 +149,18 @@ def test_checkpoint_of_another_shape(workers: WorkerPool, tiny_data: dict[str, P
         _error_of, 1, tiny_config("weak", tiny_data, tmp_path / "w", checkpoint={"init_from": str(tmp_path)})
     )
     assert "holds no checkpoint" in message
+
+
+def test_finetune_runs_at_the_alpha_that_weak_ended_at(
+    workers: WorkerPool, tiny_data: dict[str, Path], tmp_path: Path
+) -> None:
+    weak = tiny_config("weak", tiny_data, tmp_path / "weak", soft_mask={"schedule": "linear"})
+    workers.run(train_run, 1, weak)
+    start = {"checkpoint": {"init_from": str(tmp_path / "weak")}}
+    (message,) = workers.run(_error_of, 1, tiny_config("finetune", tiny_data, tmp_path / "finetune", **start))
+    assert "soft_mask.alpha=1.0" in message
+    assert not (tmp_path / "finetune").exists()
+    opened = {"schedule": "constant", "alpha": 1.0}
+    assert workers.run(
+        _error_of, 1, tiny_config("finetune", tiny_data, tmp_path / "finetune", soft_mask=opened, **start)
+    ) == [""]

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from megatron_conan.config import RunConfig, dump_config, load_config, parse_config, resume_differences
+from megatron_conan.config.load import read_tree
 
 MODEL = """
 model: {num_layers: 2, hidden_size: 64, num_attention_heads: 4, num_query_groups: 2, ffn_hidden_size: 96, vocab_size: 512,
@@ -208,3 +209,16 @@ def test_every_field_is_documented():
         return missing
 
     assert walk(RunConfig) == []
+
+
+def test_bases_and_files_that_cannot_be_read(tmp_path: Path) -> None:
+    """A cycle, a number, a folder, bytes that are no text: one line each, no traceback."""
+    (tmp_path / "a.yaml").write_text("base: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("base: a.yaml\n")
+    (tmp_path / "number.yaml").write_text("base: 3\n")
+    (tmp_path / "bytes.yaml").write_bytes(b"run_dir: \xff\xfe\n")
+    for name, said in (("a", "leads back"), ("number", "base=3"), ("bytes", "can't be read")):
+        with pytest.raises(ValueError, match=said):
+            read_tree(tmp_path / f"{name}.yaml")
+    with pytest.raises(ValueError, match="can't be read"):
+        read_tree(tmp_path)

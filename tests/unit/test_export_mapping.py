@@ -8,14 +8,24 @@ from megatron_conan.export.mapping import EMBEDDING, OUTPUT_LAYER, ModelShape, f
 
 
 def make_shape(ratio: int = 2) -> ModelShape:
-    return ModelShape(num_layers=2, hidden_size=24, num_attention_heads=4, num_query_groups=4 // ratio, kv_channels=8,
-                      ffn_hidden_size=20, vocab_size=50, rotary_base=10000.0, norm_epsilon=1e-5)
+    return ModelShape(
+        num_layers=2,
+        hidden_size=24,
+        num_attention_heads=4,
+        num_query_groups=4 // ratio,
+        kv_channels=8,
+        ffn_hidden_size=20,
+        vocab_size=50,
+        rotary_base=10000.0,
+        norm_epsilon=1e-5,
+    )
 
 
 def make_weights(shape: ModelShape, padding_rows: int = 0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(7)
-    weights = {rule.megatron: torch.randn(rule.shape(shape), generator=generator)
-               for rule in iterate_rules(shape.num_layers)}
+    weights = {
+        rule.megatron: torch.randn(rule.shape(shape), generator=generator) for rule in iterate_rules(shape.num_layers)
+    }
     if padding_rows:
         weights[EMBEDDING] = torch.cat([weights[EMBEDDING], torch.full((padding_rows, shape.hidden_size), 9.0)])
     return weights
@@ -40,13 +50,21 @@ def test_both_directions_are_exact_inverses(ratio: int) -> None:
 @pytest.mark.parametrize("ratio", [1, 2, 4])
 def test_names_and_shapes_are_those_of_a_real_llama(ratio: int) -> None:
     shape = make_shape(ratio)
-    model = LlamaModel(LlamaConfig(
-        hidden_size=shape.hidden_size, intermediate_size=shape.ffn_hidden_size, num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_attention_heads, num_key_value_heads=shape.num_query_groups,
-        head_dim=shape.kv_channels, vocab_size=shape.vocab_size))
+    model = LlamaModel(
+        LlamaConfig(
+            hidden_size=shape.hidden_size,
+            intermediate_size=shape.ffn_hidden_size,
+            num_hidden_layers=shape.num_layers,
+            num_attention_heads=shape.num_attention_heads,
+            num_key_value_heads=shape.num_query_groups,
+            head_dim=shape.kv_channels,
+            vocab_size=shape.vocab_size,
+        )
+    )
     converted = to_hf(make_weights(shape), shape)
-    assert {name: tuple(t.shape) for name, t in converted.items()} == \
-        {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    assert {name: tuple(t.shape) for name, t in converted.items()} == {
+        name: tuple(t.shape) for name, t in model.state_dict().items()
+    }
 
 
 def test_qkv_rows_lie_per_group() -> None:

@@ -20,10 +20,30 @@ CORPUS = [
     "for i in range(100):\n        for j in range(100):\n            total += i * j\n\n\n        print(total)",
 ]
 HARD_TEXTS = [
-    "", " ", "   ", "\n\n\n", "\t\tx", "a  b   c    d", "trailing   ", "   leading", "</s>", "<s>text</s><pad>",
-    "<unk> <pad", "<reserved_0>", "<0x41> <0xE2>", "👩‍👩‍👧 emoji 🎉🎉", "▁literal▁marker", "aaaaaaaaaaaaa", "e\u0301 combining",
-    "\x00nul", "۱۲۳",
-    "ﬁ ligature ①", "\r\n", "\u200b\u2028", "x" * 300, " " * 65 + "y",
+    "",
+    " ",
+    "   ",
+    "\n\n\n",
+    "\t\tx",
+    "a  b   c    d",
+    "trailing   ",
+    "   leading",
+    "</s>",
+    "<s>text</s><pad>",
+    "<unk> <pad",
+    "<reserved_0>",
+    "<0x41> <0xE2>",
+    "👩‍👩‍👧 emoji 🎉🎉",
+    "▁literal▁marker",
+    "aaaaaaaaaaaaa",
+    "e\u0301 combining",
+    "\x00nul",
+    "۱۲۳",
+    "ﬁ ligature ①",
+    "\r\n",
+    "\u200b\u2028",
+    "x" * 300,
+    " " * 65 + "y",
 ]
 
 
@@ -38,8 +58,9 @@ def reference(model_file: Path) -> sentencepiece.SentencePieceProcessor:
 
 
 @pytest.fixture(scope="module", params=["converted", "loaded"])
-def tokenizer(request: pytest.FixtureRequest, model_file: Path,
-              tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast:
+def tokenizer(
+    request: pytest.FixtureRequest, model_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> PreTrainedTokenizerFast:
     converted = convert_tokenizer(model_file, MAX_LENGTH)
     if request.param == "converted":
         return converted
@@ -51,15 +72,17 @@ def tokenizer(request: pytest.FixtureRequest, model_file: Path,
 ALPHABET = st.one_of(
     st.characters(exclude_categories=["Cs"]),
     st.sampled_from([*"aeiortn .,\n\t\r▁0123456789<>/s"]),
-    st.sampled_from(["  ", "    ", "</s>", "<s>", "<pad>", "<unk>", "<0x0A>", "🎉", "👩‍👧", "ß"]))
+    st.sampled_from(["  ", "    ", "</s>", "<s>", "<pad>", "<unk>", "<0x0A>", "🎉", "👩‍👧", "ß"]),
+)
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(parts=st.lists(ALPHABET, max_size=40))
 @example(parts=["</s>"])
 @example(parts=[])
-def test_ids_equal_on_any_text(parts: list[str], tokenizer: PreTrainedTokenizerFast,
-                               reference: sentencepiece.SentencePieceProcessor) -> None:
+def test_ids_equal_on_any_text(
+    parts: list[str], tokenizer: PreTrainedTokenizerFast, reference: sentencepiece.SentencePieceProcessor
+) -> None:
     text = "".join(parts)
     assert tokenizer(text)["input_ids"] == [*reference.encode(text), 3]
     assert tokenizer.decode(tokenizer(text)["input_ids"][:-1]) == reference.decode(reference.encode(text))
@@ -70,12 +93,13 @@ def test_ids_equal_on_corpus_and_hard_texts(model_file: Path, tokenizer: PreTrai
     assert verify_tokenizer(model_file, tokenizer, texts) == len(texts)
 
 
-def test_batch_is_right_padded_and_truncated_before_the_eos(tokenizer: PreTrainedTokenizerFast,
-                                                            reference: sentencepiece.SentencePieceProcessor) -> None:
+def test_batch_is_right_padded_and_truncated_before_the_eos(
+    tokenizer: PreTrainedTokenizerFast, reference: sentencepiece.SentencePieceProcessor
+) -> None:
     texts = ["", "fox", "the quick brown fox jumps over the lazy dog, again and again and again"]
     batch = tokenizer(texts, padding=True, truncation=True)
     for text, ids, mask in zip(texts, batch["input_ids"], batch["attention_mask"], strict=True):
-        expected = [*reference.encode(text)[:MAX_LENGTH - 1], 3]
+        expected = [*reference.encode(text)[: MAX_LENGTH - 1], 3]
         assert ids == expected + [0] * (MAX_LENGTH - len(expected))
         assert mask == [1] * len(expected) + [0] * (MAX_LENGTH - len(expected))
 
@@ -89,7 +113,12 @@ def test_verify_reports_the_first_difference(model_file: Path) -> None:
 
 def test_other_trainings_are_refused(tmp_path: Path) -> None:
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS), model_prefix=str(tmp_path / "unigram"), model_type="unigram", vocab_size=300,
-        hard_vocab_limit=False, minloglevel=2)
+        sentence_iterator=iter(CORPUS),
+        model_prefix=str(tmp_path / "unigram"),
+        model_type="unigram",
+        vocab_size=300,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
     with pytest.raises(ValueError, match=r"model_type must be bpe; byte_fallback must be on; normalization_rule_name"):
         convert_tokenizer(tmp_path / "unigram.model", MAX_LENGTH)

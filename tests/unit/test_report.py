@@ -18,8 +18,10 @@ STAGES = [
     {"stage": "weak", "loss": 1.5, "ndcg": 0.40, "ndcg_low": 0.35, "ndcg_high": 0.45, "bm25": 0.5, "seconds": 65},
     {"stage": "finetune", "loss": 1.0, "ndcg": 0.55, "ndcg_low": 0.50, "ndcg_high": 0.60, "bm25": 0.5, "seconds": 20},
 ]
-QUESTIONS = [{"question": "which <one> & why?", "hit": True, "hits": [{"title": "os.path <join>", "score": 0.75}]},
-             {"question": "no answer?", "hit": False, "hits": []}]
+QUESTIONS = [
+    {"question": "which <one> & why?", "hit": True, "hits": [{"title": "os.path <join>", "score": 0.75}]},
+    {"question": "no answer?", "hit": False, "hits": []},
+]
 
 
 def write_run(folder: Path, rows: list[dict[str, Any]], tail: str = "") -> Path:
@@ -44,14 +46,33 @@ def points(line: ElementTree.Element) -> list[tuple[float, float]]:
 
 
 def test_full_report(tmp_path: Path) -> None:
-    weak = [{"step": n, "stage": "weak", "loss": 3 - n / 50, "alpha": n / 100, "tokens_per_second": 1000.0 + n}
-            for n in range(1, 101)]
-    finetune = [{"step": n, "stage": "finetune", "loss": 2.0, "positive_similarity": 0.5 + n / 200,
-                 "negative_similarity": 0.5 - n / 200, "negatives_age": (n - 1) % 10} for n in range(1, 41)]
+    weak = [
+        {"step": n, "stage": "weak", "loss": 3 - n / 50, "alpha": n / 100, "tokens_per_second": 1000.0 + n}
+        for n in range(1, 101)
+    ]
+    finetune = [
+        {
+            "step": n,
+            "stage": "finetune",
+            "loss": 2.0,
+            "positive_similarity": 0.5 + n / 200,
+            "negative_similarity": 0.5 - n / 200,
+            "negatives_age": (n - 1) % 10,
+        }
+        for n in range(1, 41)
+    ]
     runs = {"weak": write_run(tmp_path / "weak", weak), "finetune": write_run(tmp_path / "finetune", finetune)}
-    text, page = make_page(tmp_path, runs, {"stages": STAGES, "bm25": {"plain": 0.3, "stemmed": 0.5}, "questions": QUESTIONS})
+    text, page = make_page(
+        tmp_path, runs, {"stages": STAGES, "bm25": {"plain": 0.3, "stemmed": 0.5}, "questions": QUESTIONS}
+    )
     drawn = charts(page)
-    assert list(drawn) == ["nDCG@10 after each stage", "weak: loss", "finetune: loss", "weak: alpha", "finetune: similarity"]
+    assert list(drawn) == [
+        "nDCG@10 after each stage",
+        "weak: loss",
+        "finetune: loss",
+        "weak: alpha",
+        "finetune: similarity",
+    ]
 
     raw, mean = [points(line) for line in drawn["weak: loss"].iter(f"{SVG}polyline")]
     assert len(raw) == len(mean) == 100
@@ -69,15 +90,25 @@ def test_full_report(tmp_path: Path) -> None:
 
     quality = drawn["nDCG@10 after each stage"]
     assert [dot.find(f"{SVG}title").text for dot in quality.iter(f"{SVG}circle")] == [  # type: ignore[union-attr]
-        "weak: 0.400 (95% interval 0.350 to 0.450)", "finetune: 0.550 (95% interval 0.500 to 0.600)"]
+        "weak: 0.400 (95% interval 0.350 to 0.450)",
+        "finetune: 0.550 (95% interval 0.500 to 0.600)",
+    ]
     levels = [line for line in quality.iter(f"{SVG}line") if line.attrib["class"] == "level"]
     dots = list(quality.iter(f"{SVG}circle"))
-    heights = [float(height) for height in (dots[1].attrib["cy"], levels[1].attrib["y1"], dots[0].attrib["cy"],
-                                            levels[0].attrib["y1"])]
+    heights = [
+        float(height)
+        for height in (dots[1].attrib["cy"], levels[1].attrib["y1"], dots[0].attrib["cy"], levels[0].attrib["y1"])
+    ]
     assert heights == sorted(heights)
 
     labels = {node.text for svg in drawn.values() for node in svg.iter(f"{SVG}text")}
-    assert {"step", "loss (nats per query)", "alpha (0 to 1)", "cosine similarity (-1 to 1)", "nDCG@10 (0 to 1)"} <= labels
+    assert {
+        "step",
+        "loss (nats per query)",
+        "alpha (0 to 1)",
+        "cosine similarity (-1 to 1)",
+        "nDCG@10 (0 to 1)",
+    } <= labels
     table = ["".join(cell.itertext()) for cell in page.iter("td")]
     assert table[:8] == ["weak", "100", "1.500", "0.400", "0.350 – 0.450", "0.500", "1,051", "1 min 5 s"]
     words = " ".join(page.itertext())
@@ -88,11 +119,23 @@ def test_full_report(tmp_path: Path) -> None:
     assert not re.search(r"(src|href)=|url\(|@import|<script", text)
 
 
-@pytest.mark.parametrize("summary", [{}, {"stages": [{"stage": "pretrain", "loss": None, "ndcg": float("nan")}],
-                                          "bm25": {"plain": None}, "questions": [{"question": "?"}]}])
+@pytest.mark.parametrize(
+    "summary",
+    [
+        {},
+        {
+            "stages": [{"stage": "pretrain", "loss": None, "ndcg": float("nan")}],
+            "bm25": {"plain": None},
+            "questions": [{"question": "?"}],
+        },
+    ],
+)
 def test_report_without_most_of_its_data(tmp_path: Path, summary: dict[str, Any]) -> None:
-    runs = {"pretrain": write_run(tmp_path / "one", [{"step": 1, "loss": 2.5}]), "sft": tmp_path / "absent",
-            "weak": write_run(tmp_path / "nothing", [{"step": 1, "loss": float("nan"), "alpha": 1.0}])}
+    runs = {
+        "pretrain": write_run(tmp_path / "one", [{"step": 1, "loss": 2.5}]),
+        "sft": tmp_path / "absent",
+        "weak": write_run(tmp_path / "nothing", [{"step": 1, "loss": float("nan"), "alpha": 1.0}]),
+    }
     _, page = make_page(tmp_path, runs, summary)
     drawn = charts(page)
     assert list(drawn) == ["pretrain: loss"]
@@ -123,8 +166,9 @@ def test_metrics_file_of_a_killed_run(tmp_path: Path) -> None:
         read_metrics(damaged / "metrics.jsonl")
 
 
-@pytest.mark.parametrize(("low", "high"), [
-    (0.0, 1.0), (0.307, 0.536), (-3.2, 11.0), (5.0, 5.0), (0.0, 0.0), (1e-6, 3e-6), (1, 250000)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.0, 1.0), (0.307, 0.536), (-3.2, 11.0), (5.0, 5.0), (0.0, 0.0), (1e-6, 3e-6), (1, 250000)]
+)
 def test_ticks_are_round_and_span_the_range(low: float, high: float) -> None:
     ticks = make_ticks(low, high)
     assert 2 <= len(ticks) <= 8

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron_conan.kernels.soft_mask_attention import soft_mask_attention_reference, soft_mask_weights
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_conan.config.tree import SoftMaskConfig
+from megatron_conan.kernels.soft_mask_attention import soft_mask_attention_reference, soft_mask_weights
 from megatron_conan.model.attention import LEARNED_THETA_START, SoftMaskAttention, effective_alpha
 from megatron_conan.model.mask import SoftMask
 
@@ -242,3 +242,12 @@ def test_wrong_forms_are_refused():
         soft_mask_weights("diagonal", torch.tensor(0.5), torch.tensor([3]), 3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="alpha per head is defined for form=constant only"):
         soft_mask_weights("row", torch.ones(4), torch.tensor([3]), 3)
+
+
+def test_bf16_mask_has_the_pattern_of_fp32() -> None:
+    """bf16 can't count beyond 256: positions must not be computed in it."""
+    lengths = torch.tensor([301, 400])
+    for form in ("row", "column", "constant"):
+        half = soft_mask_weights(form, torch.tensor(0.5, dtype=torch.bfloat16), lengths, 400)
+        full = soft_mask_weights(form, torch.tensor(0.5), lengths, 400)
+        torch.testing.assert_close(half.float(), full)
