@@ -18,6 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_conan.parallel import hide_engine_warnings
+
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = Path("runs/demo")
 DATA = DEMO / "data"
@@ -42,6 +44,7 @@ def main() -> int:
     parser.add_argument("--size", choices=["full", "short"], default="full")
     size = parser.parse_args().size
     os.chdir(ROOT)
+    hide_engine_warnings()
     started = time.monotonic()
     _keep_other_size(size)
     summary = _read_summary(size)

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_conan.parallel import hide_engine_warnings
+
 VERIFY_TEXTS = (
     "open a zip file",
     "def add(a, b):\n    return a + b",
@@ -21,6 +23,7 @@ VERIFY_TEXTS = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Returns 0, or 2 after a user's mistake, told in one line."""
     arguments = _parser().parse_args(argv)
+    hide_engine_warnings()
     try:
         arguments.run(arguments)
     except ValueError as error:

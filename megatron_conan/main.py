@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_conan.config import RunConfig, check_config, load_config
+from megatron_conan.parallel import hide_engine_warnings
 
 if TYPE_CHECKING:
     from megatron_conan.train.loop import Hook
@@ -61,7 +61,7 @@ def run(config: RunConfig) -> dict[str, float]:
             f"model.vocab_size={config.model.vocab_size} is smaller than the {tokenizer.size} pieces of "
             f"{config.tokenizer.model}; raise it to at least {tokenizer.size}"
         )
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")  # optional packages it lacks
+    hide_engine_warnings()
     from megatron_conan.parallel.context import build_context, destroy_context, initialize_distributed
     from megatron_conan.train.checkpoint import check_start
     from megatron_conan.train.loop import build_trainer, train

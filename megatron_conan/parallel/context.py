@@ -69,7 +69,9 @@ def initialize_distributed(timeout_minutes: float = 30.0) -> torch.device:
 
 
 def build_context(parallel: ParallelConfig, device: torch.device | None = None) -> ParallelContext:
-    """Build megatron-core's groups for this layout. Every rank of the world must call; torch.distributed must be up.
+    """Build megatron-core's groups for this layout, in place of earlier ones.
+
+    Every rank of the world must call; torch.distributed must be up.
 
     Args:
         parallel: sizes; their product must divide the world size (`config.checks`).
@@ -78,6 +80,8 @@ def build_context(parallel: ParallelConfig, device: torch.device | None = None) 
     cpu.install()
     if device is None:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else cpu.CPU
+    if parallel_state.is_initialized():
+        parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
