@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     hide_engine_warnings()
     try:
         arguments.run(arguments)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

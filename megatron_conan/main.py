@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,12 +19,15 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 
+SECONDS_FOR_RANK_0 = 5.0
+"""What other ranks wait before they tell a mistake themselves: torchrun ends all ranks as soon as one has ended."""
+
 
 def main(stage: str, argv: Sequence[str]) -> int:
     """Run a stage: `torchrun launch/STAGE.sh --config FILE [section.key=value ...]`.
 
     Returns:
-        Exit status: 0, or 2 after a user's mistake, told in one message on rank 0.
+        Exit status: 0, or 2 after a user's mistake, told in one message a node.
     """
     parser = argparse.ArgumentParser(
         prog=f"launch/{stage}.sh", description=f"Stage {stage} of the Conan-embedding recipe."
@@ -37,9 +41,11 @@ def main(stage: str, argv: Sequence[str]) -> int:
         if config.stage != stage:
             raise ValueError(f"{arguments.config} is of stage={config.stage}; start it with launch/{config.stage}.sh")
         run(config)
-    except ValueError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+    except (ValueError, ImportError) as error:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            # local rank 0 tells the same, and torchrun then ends this process; if it doesn't, the mistake is this rank's own
+            time.sleep(SECONDS_FOR_RANK_0)
+        print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     return 0
 

@@ -58,7 +58,7 @@ def train_layout(config: RunConfig) -> dict[str, Any]:
         values = loop.one_step(trainer)
         losses.append(values["loss"])
         norms.append(values["grad_norm"])
-        if trainer.step == 1:
+        if trainer.step == 1 and not config.parallel.distributed_optimizer:  # there a rank reduces its own part only
             gradients = _by_global_name(trainer, lambda p: p.main_grad)
     return {"losses": losses, "grad_norms": norms, "gradients": gradients, "weights": final_weights(trainer)}
 

@@ -38,6 +38,11 @@ def _check_ranks(config: RunConfig, world_size: int) -> None:
         raise ValueError("parallel.sequence=true needs parallel.tensor > 1: it splits activations over tensor ranks")
     if p.virtual_pipeline is not None and p.pipeline == 1:
         raise ValueError(f"parallel.virtual_pipeline={p.virtual_pipeline} needs parallel.pipeline > 1")
+    if p.virtual_pipeline is not None and config.evaluation is not None:
+        raise ValueError(
+            f"section evaluation does not run through the interleaved pipeline (parallel.virtual_pipeline="
+            f"{p.virtual_pipeline}); set evaluation=null or parallel.virtual_pipeline=null"
+        )
 
 
 def _check_model(config: RunConfig) -> None:
@@ -73,7 +78,11 @@ def _check_model(config: RunConfig) -> None:
 
 
 def _check_batch(config: RunConfig, world_size: int) -> None:
-    t = config.train
+    t, o = config.train, config.optimizer
+    if o.min_lr > min(o.lr, o.decoupled_lr or o.lr):
+        raise ValueError(
+            f"optimizer.min_lr={o.min_lr} is above the peak rate (lr={o.lr}, decoupled_lr={o.decoupled_lr})"
+        )
     dp = data_parallel_size(config, world_size)
     step = t.micro_batch_size * dp
     if t.global_batch_size % step:

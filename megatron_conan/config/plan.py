@@ -34,7 +34,8 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
     p, t = config.parallel, config.train
     dp = data_parallel_size(config, world_size)
     parameters = count_parameters(config.model)
-    own = parameters / (p.tensor * p.pipeline)
+    table = config.model.vocab_size * config.model.hidden_size  # whole on the first and on the last stage
+    own = ((parameters - table) / p.pipeline + table) / p.tensor
     weights = 2 if t.precision == "bf16" else 4
     master = 4 if t.precision == "bf16" else 0
     optimizer = (8 + master) / (dp if p.distributed_optimizer else 1)

@@ -136,7 +136,7 @@ class ParallelConfig(Section):
     """Tensor-parallel size."""
     pipeline: Positive = 1
     """Pipeline-parallel size."""
-    virtual_pipeline: Positive | None = None
+    virtual_pipeline: Annotated[int, Field(ge=2)] | None = None
     """Model chunks a pipeline rank holds (interleaved 1F1B)."""
     sequence: bool = False
     """Sequence parallelism: activations between the tensor-parallel blocks are split along the sequence."""

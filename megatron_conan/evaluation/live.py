@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from megatron_conan.data.batch import TextBatch
 from megatron_conan.data.format import format_text
@@ -59,8 +60,11 @@ class EvaluationHook:
 
     def after_training(self, trainer: Trainer) -> None:
         """Evaluate the end, unless that was done before."""
-        if not self._file(trainer, trainer.step).exists():
-            trainer.setup.context.barrier()  # rank 0 must not write before the others have looked
+        context = trainer.setup.context
+        # rank 0 decides: what another node sees of a shared folder may be older
+        done = torch.tensor(int(self._file(trainer, trainer.step).exists()), device=context.device)
+        dist.broadcast(done, 0, group=context.world_group)
+        if not done.item():
             self._evaluate(trainer, trainer.step)
 
     def state(self, trainer: Trainer, step: int) -> dict[str, Any]:

@@ -276,8 +276,17 @@ def _mining_steps(rows: Sequence[Mapping[str, Any]]) -> list[float]:
 
 def _stage_table(stages: Sequence[Mapping[str, Any]], metrics: Metrics) -> str:
     summary = {str(row.get("stage")): row for row in stages}
-    names = list(dict.fromkeys([*metrics, *summary]))
-    header = ["stage", "steps", "last loss", "nDCG@10", "95% interval", "best BM25", "tokens per second", "time"]
+    names = list(dict.fromkeys([*summary, *metrics]))
+    header = [
+        "stage",
+        "steps",
+        "last loss",
+        "nDCG@10",
+        "95% interval",
+        "BM25, identifiers split",
+        "tokens per second",
+        "time",
+    ]
     lines = []
     for name in names:
         row, rows = summary.get(name, {}), metrics.get(name, [])

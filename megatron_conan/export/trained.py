@@ -70,10 +70,19 @@ def load_run(run_dir: Path) -> TrainedRun:
     run = checkpoint.parent.parent
     state = read_state(checkpoint)
     trained = read_config(run)
+    form = trained.soft_mask.form
+    if form == "learned" and state["alpha"] < 1.0:
+        raise ValueError(
+            f"{checkpoint} was saved at alpha={state['alpha']} of a learned soft mask, which exists in training only; take "
+            "the run's last checkpoint"
+        )
+    mask = SoftMaskConfig(form="constant" if form == "learned" else form, schedule="constant", alpha=state["alpha"])
     config = trained.model_copy(
         update={
             "parallel": ParallelConfig(),
-            "soft_mask": SoftMaskConfig(form="row", schedule="constant", alpha=state["alpha"]),
+            "soft_mask": mask,
+            "model": trained.model.model_copy(update={"spec": "local"}),
+            "train": trained.train.model_copy(update={"precision": "fp32"}),
         }
     )
     device = initialize_distributed()

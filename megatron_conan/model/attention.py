@@ -99,7 +99,7 @@ def effective_alpha(soft_mask: SoftMask, theta: Tensor | None) -> tuple[Literal[
     """
     if soft_mask.form == "learned":
         assert theta is not None
-        return "constant", soft_mask.alpha + (1.0 - soft_mask.alpha) * torch.sigmoid(theta)
+        return "constant", soft_mask.alpha + (1.0 - soft_mask.alpha) * torch.sigmoid(theta.float())
     return soft_mask.form, soft_mask.alpha
 
 
@@ -122,8 +122,12 @@ def _sdpa(
     bias = None
     if not causal and (lengths is not None or soft_mask.value < 1.0 or learned):
         bias = _bias(q, lengths, soft_mask, theta)
+    grouped = q.shape[1] != k.shape[1]
+    if grouped and bias is not None and q.is_cuda:  # the memory-efficient kernel takes a bias, but no groups
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        grouped = False
     output = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=bias, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        q, k, v, attn_mask=bias, is_causal=causal, scale=scale, enable_gqa=grouped
     )
     return output.transpose(1, 2)  # [b, n, s, d] -> [b, s, n, d]
 

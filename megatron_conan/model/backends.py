@@ -24,7 +24,14 @@ def import_te_linears() -> tuple[type, type]:
         ImportError: where transformer-engine is missing or does not load (it needs a CUDA GPU).
     """
     try:
-        from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
+        from megatron.core.extensions.transformer_engine import (
+            HAVE_TE,
+            TEColumnParallelLinear,
+            TERowParallelLinear,
+        )
+
+        if not HAVE_TE:  # megatron-core puts mocks in its place
+            raise ImportError("transformer_engine is not installed")
     except (ImportError, RuntimeError) as error:  # on a machine without CUDA transformer-engine raises RuntimeError
         raise ImportError(
             "model.spec=te needs transformer-engine on a CUDA machine, which could not be imported: install it with "

@@ -69,7 +69,6 @@ class ConanModel(LanguageModule):
             post_process=post_process,
             vp_stage=vp_stage,
         )
-        self.register_buffer("inverse_frequency", _inverse_frequency(config), persistent=False)
         self.output_layer = None
         if head == "lm" and post_process:
             self.output_layer = ColumnParallelLinear(
@@ -107,7 +106,9 @@ class ConanModel(LanguageModule):
             Head "lm": losses [b, s] fp32 if labels are given, else logits [s, b, v].
         """
         hidden = self.embedding(tokens, None) if self.pre_process else None
-        hidden = self.decoder(hidden, attention_mask=lengths, rotary_pos_emb=self._rotary_angles(tokens.shape[1]))
+        hidden = self.decoder(
+            hidden, attention_mask=lengths, rotary_pos_emb=self._rotary_angles(tokens.shape[1], tokens.device)
+        )
         if not self.post_process:
             return hidden
         if embed or self.head == "embedding":
@@ -130,16 +131,16 @@ class ConanModel(LanguageModule):
             return super().sharded_state_dict(prefix, sharded_offsets, metadata)
         return MegatronModule.sharded_state_dict(self, prefix, sharded_offsets, metadata)
 
-    def _rotary_angles(self, size: int) -> Tensor:
-        """Angles [s, 1, 1, d] of positions 0 .. s-1, in the two-halves (NeoX, Llama) layout."""
-        position = torch.arange(size, device=self.inverse_frequency.device, dtype=torch.float32)
-        angles = torch.outer(position, self.inverse_frequency.float())  # [s, d / 2]
+    def _rotary_angles(self, size: int, device: torch.device) -> Tensor:
+        """Angles [s, 1, 1, d] of positions 0 .. s-1, in the two-halves (NeoX, Llama) layout.
+
+        Computed here in fp32: as a buffer megatron-core's bf16 wrapper would round them.
+        """
+        d = self.model_config.head_dim
+        frequency = self.model_config.rotary_base ** (-torch.arange(0, d, 2, dtype=torch.float32, device=device) / d)
+        position = torch.arange(size, dtype=torch.float32, device=device)
+        angles = torch.outer(position, frequency)  # [s, d / 2]
         return torch.cat([angles, angles], dim=-1)[:, None, None, :]
-
-
-def _inverse_frequency(config: RunConfig) -> Tensor:
-    d = config.model.head_dim
-    return config.model.rotary_base ** (-torch.arange(0, d, 2, dtype=torch.float32) / d)
 
 
 def build_model(

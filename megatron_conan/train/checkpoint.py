@@ -17,6 +17,7 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
 
 from megatron_conan.config import RunConfig
 from megatron_conan.model.conan import ConanModel
@@ -30,7 +31,7 @@ SHAPE_KEYS = (
     "hidden_size",
     "num_attention_heads",
     "num_query_groups",
-    "kv_channels",
+    "head_dim",
     "ffn_hidden_size",
     "vocab_size",
     "rotary_base",
@@ -76,7 +77,8 @@ def save_checkpoint(
         shutil.rmtree(folder, ignore_errors=True)
         temporary.replace(folder)
         write_atomically(folder.parent / "latest", folder.name + "\n")
-        for old in sorted(folder.parent.glob("step_*"))[:-keep_last]:
+        earlier = sorted(old for old in folder.parent.glob("step_*") if old.name <= folder.name)
+        for old in earlier[:-keep_last]:
             shutil.rmtree(old)
     context.barrier()
     return folder
@@ -90,10 +92,11 @@ def load_checkpoint(
     Returns:
         The `state` given to `save_checkpoint`, with `step`.
     """
+    _create_adam_state(optimizer)
     sharded = _sharded_state(chunks, optimizer, is_loading=True)
     loaded = dist_checkpointing.load(sharded, str(folder))
     _load_model_state(loaded, chunks)
-    optimizer.load_state_dict(loaded["optimizer"])
+    _load_optimizer_state(optimizer, loaded["optimizer"])
     return read_state(folder)
 
 
@@ -107,11 +110,7 @@ def load_weights(folder: Path, chunks: list[ConanModel]) -> None:
         for name in [name for name in state if name.endswith("core_attention.theta")]:
             del state[name]  # exists in stage weak only and starts there
     loaded = dist_checkpointing.load(sharded, str(folder))
-    for i, chunk in enumerate(chunks):
-        missing, unexpected = chunk.load_state_dict(loaded[_model_key(i, chunks)], strict=False)
-        missing = [name for name in missing if not name.endswith(("core_attention.theta", "output_layer.weight"))]
-        assert not missing, missing
-        assert not unexpected, unexpected
+    _load_model_state(loaded, chunks)
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -158,10 +157,50 @@ def _sharded_state(
     return sharded
 
 
-def _load_model_state(loaded: dict[str, Any], chunks: list[DistributedDataParallel]) -> None:
+def _create_adam_state(optimizer: MegatronOptimizer) -> None:
+    """Give a fresh sharded optimizer its state tensors, for the checkpoint's values to be loaded into.
+
+    Without apex and transformer-engine megatron-core 0.16.1 asks the state for its step before anything is loaded
+    (distrib_optimizer.py, `assert len(steps) == 1`).
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if not isinstance(part, DistributedOptimizer) or part.optimizer.state:
+            continue
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                part.optimizer.state[parameter] = {
+                    "step": torch.zeros(()),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+
+
+def _load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+    """Load, around what megatron-core 0.16.1 gets wrong for a sharded optimizer without apex and transformer-engine.
+
+    It copies torch Adam's `step` from a source that has none, and gives all parameters one step tensor, which would then
+    be counted up once a parameter.
+    """
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    if HAVE_APEX_OR_TE or len(parts) != 1 or not isinstance(parts[0], DistributedOptimizer):
+        optimizer.load_state_dict(state)
+        return
+    (part,) = parts
+    parameter_state = state.pop("param_state")
+    part.load_state_dict(state)
+    steps = [values.pop("step").clone() for values in part.optimizer.state.values()]
+    part.load_parameter_state_from_fully_reshardable(parameter_state)
+    for values, step in zip(part.optimizer.state.values(), steps, strict=True):
+        values["step"] = step
+
+
+def _load_model_state(loaded: dict[str, Any], chunks: list[Any]) -> None:
+    """Copy loaded tensors into the chunks; only theta and the tied head may be missing."""
     for i, chunk in enumerate(chunks):
-        with torch.no_grad():
-            unwrap(chunk).load_state_dict(loaded[_model_key(i, chunks)], strict=False)
+        missing, unexpected = unwrap(chunk).load_state_dict(loaded[_model_key(i, chunks)], strict=False)
+        missing = [name for name in missing if not name.endswith(("core_attention.theta", "output_layer.weight"))]
+        assert not missing, missing
+        assert not unexpected, unexpected
 
 
 def check_start(config: RunConfig, tokenizer_sha256: str) -> None:
@@ -181,22 +220,30 @@ def check_start(config: RunConfig, tokenizer_sha256: str) -> None:
             f"{folder} was trained with another tokenizer (sha256 {state['tokenizer_sha256'][:12]}) than "
             f"{config.tokenizer.model} ({tokenizer_sha256[:12]}); set tokenizer.model to that one, or start from random weights"
         )
-    mask = config.soft_mask
-    if (
-        config.stage == "finetune"
-        and state["stage"] == "weak"
-        and (mask.schedule, mask.alpha) != ("constant", state["alpha"])
-    ):
-        raise ValueError(
-            f"{folder} ended stage weak with the soft mask at alpha={state['alpha']}, but finetune would train with "
-            f"soft_mask.schedule={mask.schedule}, alpha={mask.alpha}; set soft_mask.schedule=constant "
-            f"soft_mask.alpha={state['alpha']}"
-        )
-    now = config.model.model_dump()
+    if config.stage == "finetune" and state["stage"] == "weak":
+        _check_mask(config, folder, state)
+    now = model_shape(config)
     differences = [
         f"{key}: {state['model'][key]} there, {now[key]} here" for key in SHAPE_KEYS if state["model"][key] != now[key]
     ]
     if differences:
         raise ValueError(
             f"{folder} holds a model of another shape: {'; '.join(differences)}; use the same model section"
+        )
+
+
+def model_shape(config: RunConfig) -> dict[str, Any]:
+    """The fields of the model section that weights depend on."""
+    values = {**config.model.model_dump(), "head_dim": config.model.head_dim}
+    return {key: values[key] for key in SHAPE_KEYS}
+
+
+def _check_mask(config: RunConfig, folder: Path, state: dict[str, Any]) -> None:
+    """finetune runs with the mask at which weak ended; the form matters only where the mask is half open."""
+    mask, alpha, form = config.soft_mask, state["alpha"], state["soft_mask_form"]
+    if (mask.schedule, mask.alpha) != ("constant", alpha) or (0.0 < alpha < 1.0 and mask.form != form):
+        raise ValueError(
+            f"{folder} ended stage weak with the soft mask of form={form} at alpha={alpha}, but finetune would train with "
+            f"form={mask.form}, schedule={mask.schedule}, alpha={mask.alpha}; set soft_mask.form={form} "
+            f"soft_mask.schedule=constant soft_mask.alpha={alpha}"
         )

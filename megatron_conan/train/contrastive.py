@@ -185,7 +185,7 @@ class Objective:
         own_positive = similarities.gather(1, positive[:, None])
         hard = torch.arange(num_queries, len(batch.document_ids), device=similarities.device)
         hard_similarity = similarities[batch.document_query[hard], first + hard]
-        if len(hard):
+        if self.setup.config.contrastive.num_hard_negatives:
             negative = (hard_similarity.sum().item(), len(hard))
         else:
             others = ~excluded

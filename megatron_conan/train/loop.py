@@ -12,7 +12,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get
 
 from megatron_conan.model.conan import build_model
 from megatron_conan.model.mask import SoftMask
-from megatron_conan.train.checkpoint import find_checkpoint, load_checkpoint, load_weights, save_checkpoint
+from megatron_conan.train.checkpoint import find_checkpoint, load_checkpoint, load_weights, model_shape, save_checkpoint
 from megatron_conan.train.metrics import MetricsWriter, memory_gib
 from megatron_conan.train.optim import build_optimizer, wrap_for_training
 from megatron_conan.train.run_folder import latest_checkpoint, open_run_folder
@@ -75,6 +75,7 @@ def build_trainer(setup: Setup, hooks: dict[str, Hook]) -> Trainer:
         state = load_checkpoint(resume_from, wrapped, optimizer)
         trainer.step = state["step"]
         scheduler.step(trainer.step)
+        soft_mask.at_step(trainer.step)  # a finished run evaluates without another step
         for name, hook in hooks.items():
             hook.restore(trainer, state["hooks"].get(name, {}))
     return trainer
@@ -143,7 +144,8 @@ def _save_if_due(trainer: Trainer) -> None:
     state = {
         "stage": config.stage,
         "alpha": trainer.soft_mask.value,
-        "model": config.model.model_dump(),
+        "soft_mask_form": config.soft_mask.form,
+        "model": model_shape(config),
         "tokenizer_sha256": trainer.setup.tokenizer.sha256,
         "hooks": {name: hook.state(trainer, step) for name, hook in trainer.hooks.items()},
     }

@@ -53,7 +53,8 @@ class MiningHook:
         if self.setup.context.rank == 0:
             for source, table in data.negatives.items():
                 table.save(self._folder() / name / source)
-            for old in sorted(self._folder().glob("step_*"))[: -self.setup.config.checkpoint.keep_last - 1]:
+            earlier = sorted(old for old in self._folder().glob("step_*") if old.name <= name)
+            for old in earlier[: -self.setup.config.checkpoint.keep_last - 1]:
                 shutil.rmtree(old)
         return {"folder": name, "sources": sorted(data.negatives)}
 

@@ -6,6 +6,7 @@ Shapes: `b` micro-batch, `s` sequence, `n` texts, `h` hidden.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,7 +57,7 @@ def train_step(
         Means and totals over the global batch by name, and `grad_norm` (before clipping); equal on all ranks.
 
     Raises:
-        FloatingPointError: on all ranks, if the loss or the gradient is not finite; weights are unchanged then.
+        FloatingPointError: on all ranks, if the loss or the gradient is not finite; nothing is saved then.
     """
     for chunk in chunks:
         chunk.zero_grad_buffer()
@@ -71,10 +72,14 @@ def train_step(
         forward_only=False,
     )
     values = reduce_reports(reports, context)
-    if not torch.isfinite(torch.tensor(values["loss"])):
+    if not math.isfinite(values["loss"]):
         raise FloatingPointError(f"the loss is {values['loss']}; lower optimizer.lr or look at the data of this step")
     _, grad_norm, _ = optimizer.step()
     values["grad_norm"] = float(grad_norm or 0.0)
+    if not math.isfinite(values["grad_norm"]):
+        raise FloatingPointError(
+            f"the gradient norm is {grad_norm}; lower optimizer.lr or look at the data of this step"
+        )
     return values
 
 

@@ -84,3 +84,26 @@ def test_a_half_open_mask_is_refused(workers: WorkerPool, tiny_data: dict[str, P
     (message,) = workers.run(_refused, 1, tmp_path / "run", tmp_path / "export")
     assert "0.5" in message
     assert not (tmp_path / "export").exists()
+
+
+def test_a_bf16_run_is_exported(workers: WorkerPool, tiny_data: dict[str, Path], tmp_path: Path) -> None:
+    """Trained in bf16, loaded and exported in fp32: bf16 rounds to 3 digits, and the positions must not be rounded at all."""
+    train = {"steps": 1, "micro_batch_size": 8, "global_batch_size": 8, "precision": "bf16"}
+    opened = {"schedule": "constant", "alpha": 1.0}
+    (live,) = workers.run(
+        _live_vectors, 1, tiny_config("weak", tiny_data, tmp_path / "run", train=train, soft_mask=opened)
+    )
+    (loaded,) = workers.run(_export_and_embed, 1, tmp_path / "run", tmp_path / "export")
+    np.testing.assert_allclose(loaded, live, atol=1e-2)
+
+
+def _load_twice(run: Path) -> bool:
+    from megatron_conan.export.trained import load_run
+
+    first, second = load_run(run), load_run(run)
+    return bool((first.embed(TEXTS) == second.embed(TEXTS)).all())
+
+
+def test_a_run_is_loaded_twice_in_one_process(workers: WorkerPool, tiny_data: dict[str, Path], tmp_path: Path) -> None:
+    workers.run(train_run, 1, tiny_config("weak", tiny_data, tmp_path / "run", soft_mask={"schedule": "linear"}))
+    assert workers.run(_load_twice, 1, tmp_path / "run") == [True]
