@@ -107,3 +107,20 @@ def _load_twice(run: Path) -> bool:
 def test_a_run_is_loaded_twice_in_one_process(workers: WorkerPool, tiny_data: dict[str, Path], tmp_path: Path) -> None:
     workers.run(train_run, 1, tiny_config("weak", tiny_data, tmp_path / "run", soft_mask={"schedule": "linear"}))
     assert workers.run(_load_twice, 1, tmp_path / "run") == [True]
+
+
+def _load_and_embed(run: Path) -> Any:
+    from megatron_conan.export.trained import load_run
+
+    return load_run(run).embed(TEXTS)
+
+
+def test_live_vectors_through_the_pipeline_equal_one_process(
+    workers: WorkerPool, tiny_data: dict[str, Path], tmp_path: Path
+) -> None:
+    """Texts go through mcore's schedule and the last stage's vectors come back to every rank."""
+    config = tiny_config("pretrain", tiny_data, tmp_path / "run", parallel={"pipeline": 2})
+    live = workers.run(_live_vectors, 2, config)
+    (loaded,) = workers.run(_load_and_embed, 1, tmp_path / "run")
+    np.testing.assert_array_equal(live[0], live[1])
+    np.testing.assert_allclose(loaded, live[0], atol=2e-6)
