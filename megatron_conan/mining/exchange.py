@@ -11,6 +11,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_conan.loss import gather
+
 
 def gather_counts(
     values: Sequence[int], group: dist.ProcessGroup | None, size: int, device: torch.device
@@ -37,15 +39,10 @@ def gather_rows(
     """
     if len(counts) == 1:
         return [local]
-    longest = max(counts)
-    if longest == 0:
+    if max(counts) == 0:
         return [local[:0] for _ in counts]
-    padded = np.zeros((longest, *local.shape[1:]), dtype=local.dtype)
-    padded[: len(local)] = local
-    tensor = torch.from_numpy(padded).to(device)
-    gathered = [torch.empty_like(tensor) for _ in counts]
-    dist.all_gather(gathered, tensor, group=group)
-    return [part[:count].cpu().numpy() for part, count in zip(gathered, counts, strict=True)]
+    tensor = torch.from_numpy(np.ascontiguousarray(local)).to(device)
+    return [part.cpu().numpy() for part in gather.gather_rows(tensor, list(counts), group).split(list(counts))]
 
 
 def return_rows(

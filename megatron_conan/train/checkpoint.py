@@ -222,7 +222,7 @@ def check_start(config: RunConfig, tokenizer_sha256: str) -> None:
         )
     if config.stage == "finetune" and state["stage"] == "weak":
         _check_mask(config, folder, state)
-    now = model_shape(config)
+    now = shape_fields(config)
     differences = [
         f"{key}: {state['model'][key]} there, {now[key]} here" for key in SHAPE_KEYS if state["model"][key] != now[key]
     ]
@@ -232,7 +232,7 @@ def check_start(config: RunConfig, tokenizer_sha256: str) -> None:
         )
 
 
-def model_shape(config: RunConfig) -> dict[str, Any]:
+def shape_fields(config: RunConfig) -> dict[str, Any]:
     """The fields of the model section that weights depend on."""
     values = {**config.model.model_dump(), "head_dim": config.model.head_dim}
     return {key: values[key] for key in SHAPE_KEYS}

@@ -12,7 +12,13 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get
 
 from megatron_conan.model.conan import build_model
 from megatron_conan.model.mask import SoftMask
-from megatron_conan.train.checkpoint import find_checkpoint, load_checkpoint, load_weights, model_shape, save_checkpoint
+from megatron_conan.train.checkpoint import (
+    find_checkpoint,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+    shape_fields,
+)
 from megatron_conan.train.metrics import MetricsWriter, memory_gib
 from megatron_conan.train.optim import build_optimizer, wrap_for_training
 from megatron_conan.train.run_folder import latest_checkpoint, open_run_folder
@@ -145,7 +151,7 @@ def _save_if_due(trainer: Trainer) -> None:
         "stage": config.stage,
         "alpha": trainer.soft_mask.value,
         "soft_mask_form": config.soft_mask.form,
-        "model": model_shape(config),
+        "model": shape_fields(config),
         "tokenizer_sha256": trainer.setup.tokenizer.sha256,
         "hooks": {name: hook.state(trainer, step) for name, hook in trainer.hooks.items()},
     }
