@@ -42,11 +42,26 @@ class PairStore:
         _check_tokenizer(self.prefix, self.summary, tokenizer)
         self._tokenizer = tokenizer
         self._texts = IndexedFile(self.prefix)
-        self._query = self._load("query")
-        self._positives, self._positives_offsets = self._load("positives"), self._load("positives_offsets")
-        self._negatives, self._negatives_offsets = self._load("negatives"), self._load("negatives_offsets")
-        self._score = self._load("score") if self.task == "sts" else None
-        self.num_rows: int = len(self._query)
+        self.query_ids: np.ndarray = self._load("query")
+        """[R] int64 text id of each row's query."""
+        self.positive_ids: np.ndarray = self._load("positives")
+        """int64 text ids of all rows' positives; row r has those from `positive_offsets[r]` to `[r + 1]`."""
+        self.positive_offsets: np.ndarray = self._load("positives_offsets")
+        """[R + 1] int64."""
+        self.negative_ids: np.ndarray = self._load("negatives")
+        """int64 text ids of all rows' negatives, with `negative_offsets` as above."""
+        self.negative_offsets: np.ndarray = self._load("negatives_offsets")
+        """[R + 1] int64."""
+        self.scores: np.ndarray | None = self._load("score") if self.task == "sts" else None
+        """[R] float32 similarity labels; None for other tasks than sts."""
+        classified = self.task == "classification"
+        self.labels: np.ndarray | None = self._load("label") if classified else None
+        """[R] int32 class of each row; None for other tasks than classification, like the next two."""
+        self.label_rows: np.ndarray | None = self._load("label_rows") if classified else None
+        """[R] int64 rows grouped by class, ascending within a class."""
+        self.label_offsets: np.ndarray | None = self._load("label_offsets") if classified else None
+        """[classes + 1] int64: class c has the rows `label_rows` holds from `label_offsets[c]` to `[c + 1]`."""
+        self.num_rows: int = len(self.query_ids)
         self.num_texts: int = len(self._texts)
         self.corpus_ids: np.ndarray = self._load("corpus")
         """[documents] int64, ascending ids of the texts that are documents."""
@@ -57,20 +72,26 @@ class PairStore:
         return self._texts.lengths
 
     def query(self, row: int) -> int:
-        """Text id of a row's query (sts: text1; sft: the prompt)."""
-        return int(self._query[row])
+        """Text id of a row's query (sts: text1; sft: the prompt; classification: the text)."""
+        return int(self.query_ids[row])
 
     def positives(self, row: int) -> np.ndarray:
-        """[1 or more] int64 text ids of a row's positives (sts: text2; sft: the output)."""
-        return self._positives[self._positives_offsets[row] : self._positives_offsets[row + 1]]
+        """[1 or more] int64 text ids of a row's positives (sts: text2; sft: the output); classification has none."""
+        return self.positive_ids[self.positive_offsets[row] : self.positive_offsets[row + 1]]
 
     def negatives(self, row: int) -> np.ndarray:
         """[0 or more] int64 text ids of the negatives in the file."""
-        return self._negatives[self._negatives_offsets[row] : self._negatives_offsets[row + 1]]
+        return self.negative_ids[self.negative_offsets[row] : self.negative_offsets[row + 1]]
 
     def score(self, row: int) -> float:
         """Similarity label of an sts row; NaN for other tasks."""
-        return float(self._score[row]) if self._score is not None else math.nan
+        return float(self.scores[row]) if self.scores is not None else math.nan
+
+    def rows_of_label(self, label: int) -> np.ndarray:
+        """[2 or more] int64 rows of a class, ascending; only for task classification."""
+        if self.label_rows is None or self.label_offsets is None:
+            raise ValueError(f"{self.prefix} holds {self.task} rows, which have no labels")
+        return self.label_rows[self.label_offsets[label] : self.label_offsets[label + 1]]
 
     def tokens(self, text_id: int) -> np.ndarray:
         """[length] int32 token ids of a text, without special tokens."""
