@@ -42,6 +42,11 @@ def main(argv: Sequence[str]) -> None:
         f"wrote {arguments.output_prefix}.json: {summary['rows']:,} rows, {summary['texts']:,} distinct texts, "
         f"{summary['documents']:,} of them documents, {summary['tokens']:,} tokens"
     )
+    if "classes" in summary:
+        print(
+            f"{summary['classes']:,} classes; dropped {summary['repeated_rows']:,} repeated rows, "
+            f"{summary['conflicting_rows']:,} with a second label, {summary['single_rows']:,} alone in their class"
+        )
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import numpy as np
 from megatron_conan.data.binarize import TokenWriter, cached_tokenizer, encode_texts, in_batches
 from megatron_conan.data.command_line import Progress, publish, staging_folder, write_json
 from megatron_conan.data.indexed_files import token_dtype, write_index
+from megatron_conan.data.label_files import ClassRows, LabelledTexts, check_classes, label_field
 from megatron_conan.data.process_map import process_map
 from megatron_conan.data.text_files import (
     LineError,
@@ -31,7 +32,7 @@ from megatron_conan.data.text_files import (
 from megatron_conan.data.tokenizer import Tokenizer
 
 PAIR_FORMAT = "megatron_conan pairs 1"
-TASKS = ("retrieval", "sts", "sft")
+TASKS = ("retrieval", "sts", "sft", "classification")
 CHUNK_CHARACTERS = 2 << 20
 """Text handed to a tokenising process at a time."""
 
@@ -44,6 +45,8 @@ class PairRow:
     positives: list[str]
     negatives: list[str] = field(default_factory=list)
     score: float = math.nan
+    label: str | None = None
+    """Class of the query, with task classification."""
 
 
 class PairTable:
@@ -59,9 +62,17 @@ class PairTable:
         self.score = array("f")
         self.documents: set[int] = set()
         self.negatives_dropped = 0
+        self.classes: ClassRows | None = None
+        self._labelled = LabelledTexts()
 
     def add_row(self, row: PairRow) -> None:
-        """Append a row; repeated documents count once, and a negative that is also a positive is dropped."""
+        """Append a row; repeated documents count once, and a negative that is also a positive is dropped.
+
+        A row with a label is not appended before `add_labelled_rows`.
+        """
+        if row.label is not None:
+            self._labelled.add(self.add_document(row.query), row.label)
+            return
         self.query.append(self._id(row.query))
         positives = list(dict.fromkeys(row.positives))
         negatives = [text for text in dict.fromkeys(row.negatives) if text not in positives]
@@ -71,6 +82,15 @@ class PairTable:
         self.positives_offsets.append(len(self.positives))
         self.negatives_offsets.append(len(self.negatives))
         self.score.append(row.score)
+
+    def add_labelled_rows(self) -> ClassRows:
+        """Append the labelled texts that have another text of their class; call it once, behind the last row."""
+        self.classes = self._labelled.rows()
+        num_rows = len(self.classes.text_ids)
+        self.query.extend(self.classes.text_ids.tolist())
+        self.positives_offsets.extend([0] * num_rows)
+        self.negatives_offsets.extend([0] * num_rows)
+        return self.classes
 
     def add_document(self, text: str) -> int:
         """Id of a text that belongs to the corpus."""
@@ -96,6 +116,8 @@ def parse_row(task: str, offset: int, row: dict[str, Any]) -> PairRow:
             positives=[_filled_text(offset, row, "text2")],
             score=_score(offset, row),
         )
+    if task == "classification":
+        return PairRow(query=_filled_text(offset, row, "text"), positives=[], label=label_field(offset, row))
     details = text_field(offset, row, "input") if row.get("input") is not None else ""
     prompt = f"{_filled_text(offset, row, 'instruction')}\n{details}\n"
     return PairRow(query=prompt, positives=[_filled_text(offset, row, "output")])
@@ -114,7 +136,7 @@ def preprocess_pairs(
     """Write the files of a PairStore.
 
     Args:
-        task: "retrieval", "sts" or "sft".
+        task: "retrieval", "sts", "sft" or "classification".
         inputs: .jsonl files of the task's rows.
         tokenizer_path: the .model file.
         output_prefix: P.
@@ -126,7 +148,8 @@ def preprocess_pairs(
         The summary, as in P.json.
 
     Raises:
-        ValueError: bad input (with file and line), or no rows. Then no file is left and older ones stay.
+        ValueError: bad input (with file and line), no rows, or fewer than two classes. Then no file is left and older
+            ones stay.
     """
     if task not in TASKS:
         raise ValueError(f"task={task!r} is unknown; use one of {', '.join(TASKS)}")
@@ -134,8 +157,6 @@ def preprocess_pairs(
     check_inputs(corpus)
     tokenizer = Tokenizer(tokenizer_path)
     table = _read_table(task, inputs, corpus, text_key)
-    if not table.query:
-        raise ValueError(f"{', '.join(map(str, inputs))}: no rows")
     with staging_folder(output_prefix) as folder:
         with (folder / "out.bin").open("wb") as file:
             writer = TokenWriter(file)
@@ -147,6 +168,7 @@ def preprocess_pairs(
             "format": PAIR_FORMAT,
             "task": task,
             **_counts(table, lengths),
+            **(table.classes.counts() if table.classes else {}),
             "tokenizer_sha256": tokenizer.sha256,
             "tokenizer_size": tokenizer.size,
             "tokens_sha256": writer.sha256(),
@@ -164,6 +186,10 @@ def _read_table(task: str, inputs: Sequence[Path], corpus: Sequence[Path], text_
                 table.add_row(parse_row(task, offset, row))
         except LineError as error:
             raise line_error(path, error) from None
+    if not table.text_ids:
+        raise ValueError(f"{', '.join(map(str, inputs))}: no rows")
+    if task == "classification":
+        check_classes(inputs, table.add_labelled_rows())
     for path in corpus:
         try:
             for text in read_texts(whole_file(path), text_key):
@@ -195,7 +221,7 @@ def _write_arrays(table: PairTable, task: str, folder: Path) -> list[str]:
     """Write the .npy files; returns their suffixes."""
     arrays: dict[str, np.ndarray] = {
         "query": np.frombuffer(table.query, dtype=np.int64),
-        "positives": np.frombuffer(table.positives, dtype=np.int64),
+        "positives": np.array(table.positives, dtype=np.int64),
         "positives_offsets": np.frombuffer(table.positives_offsets, dtype=np.int64),
         "negatives": np.array(table.negatives, dtype=np.int64),
         "negatives_offsets": np.frombuffer(table.negatives_offsets, dtype=np.int64),
@@ -203,6 +229,8 @@ def _write_arrays(table: PairTable, task: str, folder: Path) -> list[str]:
     }
     if task == "sts":
         arrays["score"] = np.frombuffer(table.score, dtype=np.float32)
+    if table.classes is not None:
+        arrays |= table.classes.arrays()
     for name, content in arrays.items():
         np.save(folder / f"out.{name}.npy", content)
     return [f".{name}.npy" for name in arrays]
