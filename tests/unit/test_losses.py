@@ -1,168 +1,64 @@
-"""Losses: their formulas, another library's values and gradients, what is left out, invariances, extremes."""
+"""CoSENT, Matryoshka, alignment and uniformity, the sum over tokens: formulas, invariances, extremes."""
 
 import math
 
 import pytest
 import torch
-from sentence_transformers.sentence_transformer.losses import CoSENTLoss
-from torch.nn.functional import cross_entropy, normalize
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import normalize
 
-from megatron_conan.loss.contrastive import excluded_documents, info_nce
 from megatron_conan.loss.cosent import cosent
+from megatron_conan.loss.embedding_metrics import alignment, uniformity_sum
 from megatron_conan.loss.lm import masked_sum
-
-NUM_QUERIES, NUM_DOCUMENTS, DIM = 5, 12, 8
-
-
-def unit(rows: int, seed: int) -> torch.Tensor:
-    """Unit vectors [rows, e] that take a gradient."""
-    x = torch.randn(rows, DIM, generator=torch.Generator().manual_seed(seed))
-    return normalize(x, dim=-1).requires_grad_()
+from megatron_conan.loss.matryoshka import check_dims, truncate
 
 
-def nothing() -> torch.Tensor:
-    return torch.zeros(NUM_QUERIES, NUM_DOCUMENTS, dtype=torch.bool)
+def dense_cosent(similarities: torch.Tensor, scores: torch.Tensor, temperature: float) -> torch.Tensor:
+    """As the formula says, all pairs of pairs at once, in fp64."""
+    similarities = similarities.double()
+    differences = (similarities[None, :] - similarities[:, None]) / temperature  # [a, b]: cos_b - cos_a
+    chosen = differences[scores[:, None] > scores[None, :]]
+    return torch.logsumexp(torch.cat([differences.new_zeros(1), chosen]), dim=0)
 
 
-POSITIVE = torch.arange(NUM_QUERIES)
-
-
-@pytest.mark.parametrize("temperature", [0.02, 0.05, 1.0])
-def test_info_nce_by_hand(temperature):
-    query, document = unit(NUM_QUERIES, 0), unit(NUM_DOCUMENTS, 1)
-    result = info_nce(query, document, POSITIVE, nothing(), temperature)
-    for i in range(NUM_QUERIES):
-        scores = [math.fsum((query[i] * d).tolist()) / temperature for d in document.detach()]
-        top = max(scores)
-        expected = top + math.log(math.fsum(math.exp(score - top) for score in scores)) - scores[i]
-        assert result.losses[i].item() == pytest.approx(expected, rel=2e-5, abs=2e-5)
-        assert result.correct[i].item() == (scores[i] == top)
-
-
-def test_info_nce_is_multiple_negatives_ranking_in_value_and_gradient():
-    """MultipleNegativesRankingLoss is cross_entropy(scale * cos(query, documents), arange), scale = 1 / temperature."""
-    found, expected = [(unit(NUM_QUERIES, 0), unit(NUM_DOCUMENTS, 1)) for _ in range(2)]
-    info_nce(*found, POSITIVE, nothing(), 0.05).losses.mean().backward()
-    loss = cross_entropy(20.0 * expected[0] @ expected[1].T, POSITIVE)
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(
+    scores=st.lists(st.integers(-2, 3), min_size=0, max_size=12),
+    temperature=st.sampled_from([1e-4, 0.05, 1.0]),
+    seed=st.integers(0, 2**16),
+)
+def test_cosent_is_the_sum_over_all_pairs_in_value_and_gradient(scores, temperature, seed):
+    found = (2 * torch.rand(len(scores), generator=torch.Generator().manual_seed(seed)) - 1).requires_grad_()
+    expected, labels = found.detach().clone().requires_grad_(), torch.tensor(scores, dtype=torch.float32)
+    loss, reference = cosent(found, labels, temperature), dense_cosent(expected, labels, temperature)
     loss.backward()
-    torch.testing.assert_close(info_nce(*found, POSITIVE, nothing(), 0.05).losses.mean(), loss)
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a.grad, b.grad)
+    reference.backward()
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, reference.float(), rtol=1e-6, atol=1e-6)
+    # relative to the largest possible gradient, 1 / temperature
+    torch.testing.assert_close(found.grad * temperature, expected.grad * temperature, rtol=1e-5, atol=1e-6)
 
 
-def test_excluded_documents_change_nothing_wherever_they_point():
-    query, document = unit(NUM_QUERIES, 0), unit(NUM_DOCUMENTS, 1)
-    excluded = nothing()
-    excluded[0, 3:8] = True
-    excluded[2, 9] = True
-    result = info_nce(query, document, POSITIVE, excluded, 0.05)
-    kept = [0, 1, 2, 8, 9, 10, 11]
-    alone = info_nce(query[:1], document[kept], POSITIVE[:1], nothing()[:1, kept], 0.05)
-    torch.testing.assert_close(result.losses[:1], alone.losses)
-    result.losses[0].backward()
-    assert not document.grad[3:8].any()
-    assert document.grad[[1, 2, 8]].abs().amin(dim=1).min() > 0
-    assert result.similarities.requires_grad is False
-    torch.testing.assert_close(result.similarities, (query @ document.T).detach())
+@pytest.mark.parametrize("temperature", [1e-4, 0.05])
+def test_cosent_of_many_pairs(temperature):
+    """Long cumulative sums keep their accuracy: gradients within 1e-6 of the largest."""
+    generator = torch.Generator().manual_seed(0)
+    found = (2 * torch.rand(3000, generator=generator) - 1).requires_grad_()
+    scores = torch.rand(3000, generator=generator)
+    expected = found.detach().clone().requires_grad_()
+    cosent(found, scores, temperature).backward()
+    dense_cosent(expected, scores, temperature).backward()
+    torch.testing.assert_close(found.grad, expected.grad, rtol=0, atol=1e-6 * expected.grad.abs().amax().item())
 
 
-def test_masked_copies_of_the_positives_change_neither_loss_nor_accuracy():
-    query, document = unit(NUM_QUERIES, 0), unit(NUM_DOCUMENTS, 1)
-    doubled = torch.cat([document, document[:NUM_QUERIES]])
-    plain = info_nce(query, document, POSITIVE, nothing(), 0.05)
-    copies = torch.ones(NUM_QUERIES, NUM_QUERIES, dtype=torch.bool)
-    excluded = torch.cat([nothing(), copies], 1)
-    masked = info_nce(query, doubled, POSITIVE, excluded, 0.05)
-    torch.testing.assert_close(masked.losses, plain.losses)
-    assert torch.equal(masked.correct, plain.correct)
-
-
-def test_the_positive_counts_even_where_it_is_marked_as_excluded():
-    query, document = unit(NUM_QUERIES, 0), unit(NUM_DOCUMENTS, 1)
-    excluded = nothing()
-    excluded[torch.arange(NUM_QUERIES), POSITIVE] = True
-    torch.testing.assert_close(
-        info_nce(query, document, POSITIVE, excluded, 0.05).losses,
-        info_nce(query, document, POSITIVE, nothing(), 0.05).losses,
-    )
-
-
-def test_order_of_queries_and_documents_does_not_matter():
-    query, document = unit(NUM_QUERIES, 0), unit(NUM_DOCUMENTS, 1)
-    excluded = torch.rand(NUM_QUERIES, NUM_DOCUMENTS, generator=torch.Generator().manual_seed(2)) < 0.3
-    q = torch.randperm(NUM_QUERIES, generator=torch.Generator().manual_seed(3))
-    d = torch.randperm(NUM_DOCUMENTS, generator=torch.Generator().manual_seed(4))
-    place = torch.argsort(d)  # place[j]: where document j went
-    plain = info_nce(query, document, POSITIVE, excluded, 0.05)
-    moved = info_nce(query[q], document[d], place[POSITIVE[q]], excluded[q][:, d], 0.05)
-    torch.testing.assert_close(moved.losses, plain.losses[q])
-    assert torch.equal(moved.correct, plain.correct[q])
-
-
-@pytest.mark.parametrize("temperature", [1e-4, 0.02])
-@pytest.mark.parametrize("opposite", [False, True])
-def test_extremes_give_numbers(temperature, opposite):
-    query = normalize(torch.ones(NUM_QUERIES, DIM), dim=-1).requires_grad_()
-    document = (normalize(torch.ones(NUM_DOCUMENTS, DIM), dim=-1) * (-1 if opposite else 1)).requires_grad_()
-    excluded = nothing()
-    excluded[0] = True  # nothing but the positive is left
-    result = info_nce(query, document, POSITIVE, excluded, temperature)
-    result.losses.sum().backward()
-    assert result.losses[0].item() == 0.0
-    torch.testing.assert_close(result.losses[1:], torch.full((NUM_QUERIES - 1,), math.log(NUM_DOCUMENTS)))
-    assert query.grad.isfinite().all()
-    assert document.grad.isfinite().all()
-
-
-def test_info_nce_of_bf16_embeddings_is_computed_in_fp32():
-    query, document = unit(NUM_QUERIES, 0).bfloat16(), unit(NUM_DOCUMENTS, 1).bfloat16()
-    result = info_nce(query, document, POSITIVE, nothing(), 0.02)
-    exact = info_nce(query.float(), document.float(), POSITIVE, nothing(), 0.02)
-    assert result.losses.dtype == torch.float32
-    assert torch.equal(result.losses, exact.losses)
-
-
-def test_which_documents_are_no_negatives():
-    query_ids = torch.tensor([10, 20, 10])
-    # the positives of the three rows, then a hard negative of each; the last has the text of query 20
-    document_ids = torch.tensor([1, 2, 3, 4, 5, 20])
-    owners = torch.tensor([10, 20, 10, -1, -1, -1])
-    known = torch.zeros(3, 6, dtype=torch.bool)
-    known[1, 3] = True
-    expected = torch.tensor(
-        [
-            [True, False, True, False, False, False],  # its positive, and that of the row with the same query
-            [False, True, False, True, False, True],  # its positive, a known one, its own text
-            [True, False, True, False, False, False],
-        ]
-    )
-    assert torch.equal(excluded_documents(query_ids, document_ids, owners, known), expected)
-
-
-def pairs(num_pairs: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Two sides of scored pairs, with ties among the scores."""
-    scores = torch.randint(0, 4, (num_pairs,), generator=torch.Generator().manual_seed(5)).float()
-    return unit(num_pairs, 6), unit(num_pairs, 7), scores
-
-
-@pytest.mark.parametrize("num_pairs", [1, 2, 9])
-@pytest.mark.parametrize("temperature", [0.05, 0.5])
-def test_cosent_is_sentence_transformers_cosent_in_value_and_gradient(num_pairs, temperature):
-    first, second, scores = pairs(num_pairs)
-    loss = cosent((first * second).sum(-1), scores, temperature)
+def test_cosent_of_a_hundred_thousand_pairs_fits():
+    """Their differences would be 10^10."""
+    similarities = torch.linspace(-1, 1, 100_000).requires_grad_()
+    loss = cosent(similarities, torch.arange(100_000.0), 0.05)
     loss.backward()
-    other_first, other_second, _ = pairs(num_pairs)
-    stock = CoSENTLoss(torch.nn.Identity(), scale=1 / temperature)
-    expected = stock.compute_loss_from_embeddings([other_first, other_second], scores)
-    expected.backward()
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
-
-    def tangent(x: torch.Tensor) -> torch.Tensor:
-        """The gradient across x: theirs goes through a normalisation, ours takes unit vectors as given."""
-        return x.grad - (x.grad * x).sum(-1, keepdim=True) * x.detach()
-
-    torch.testing.assert_close(tangent(first), tangent(other_first), rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(tangent(second), tangent(other_second), rtol=1e-4, atol=1e-6)
+    assert 0 < loss.item() < 2 * math.log(100_000)
+    assert similarities.grad.isfinite().all()
 
 
 def test_cosent_by_hand_and_its_invariances():
@@ -172,7 +68,6 @@ def test_cosent_by_hand_and_its_invariances():
     order = torch.tensor([2, 0, 1])
     torch.testing.assert_close(cosent(similarities[order], scores[order], 0.5), cosent(similarities, scores, 0.5))
     torch.testing.assert_close(cosent(similarities, 10 * scores - 7, 0.5), cosent(similarities, scores, 0.5))
-    assert cosent(similarities, torch.ones(3), 0.5).item() == 0.0
 
 
 def test_cosent_extremes_give_numbers():
@@ -180,10 +75,67 @@ def test_cosent_extremes_give_numbers():
     loss = cosent(similarities, torch.tensor([0.0, 1.0, 0.0, 1.0]), 1e-4)
     loss.backward()
     assert loss.item() == pytest.approx(2e4, rel=1e-3)
-    assert similarities.grad.isfinite().all()
-    equal = torch.tensor([0.3, 0.3], requires_grad=True)
-    cosent(equal, torch.ones(2), 0.05).backward()
+    assert similarities.grad.tolist() == pytest.approx([5e3, -5e3, 5e3, -5e3])
+    equal = torch.tensor([0.3, 0.9], requires_grad=True)
+    loss = cosent(equal, torch.ones(2), 1e-4)
+    loss.backward()
+    assert loss.item() == 0.0
     assert not equal.grad.any()
+
+
+def unit(rows: int, dim: int, seed: int = 0) -> torch.Tensor:
+    x = torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return normalize(x, dim=-1)
+
+
+def test_truncated_embeddings_are_unit_vectors_along_the_first_columns():
+    x = unit(5, 8)
+    assert truncate(x, 8) is x
+    short = truncate(x, 3)
+    assert short.shape == (5, 3)
+    torch.testing.assert_close(short.norm(dim=1), torch.ones(5).double())
+    torch.testing.assert_close(torch.linalg.vecdot(short, x[:, :3]), x[:, :3].norm(dim=1))
+    low = x.bfloat16()
+    assert torch.equal(truncate(low, 3), truncate(low.float(), 3))
+    zeros = torch.zeros(1, 4, requires_grad=True)
+    truncate(zeros, 2).sum().backward()
+    assert zeros.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("dims", "message"),
+    [([64, 0], r"\[64, 0\].*\[0\] not in 1\.\.64"), ([65, 8], r"\[65\] not in 1\.\.64"), ([8, 8], "distinct")],
+)
+def test_wrong_dims_are_refused(dims, message):
+    with pytest.raises(ValueError, match=message):
+        check_dims(dims, 64)
+
+
+def test_dims_from_one_to_the_width_are_taken():
+    check_dims([64, 1, 32], 64)
+
+
+def test_alignment_is_the_squared_distance():
+    x, y = unit(6, 5), unit(6, 5, 1)
+    torch.testing.assert_close(alignment((x * y).sum(-1)), (x - y).square().sum(-1))
+
+
+@pytest.mark.parametrize("num_own", [1, 3, 6])
+def test_uniformity_of_ranks_adds_up_to_that_of_all(num_own):
+    everyone = unit(6, 5)
+    parts = [uniformity_sum(everyone[i : i + num_own], everyone, i) for i in range(0, 6, num_own)]
+    total, count = (sum(values) for values in zip(*parts, strict=True))
+    # all pairs once; the paper's metric is a mean, so that counting each pair twice changes nothing
+    expected = torch.pdist(everyone).square().mul(-2).exp().mean().log().item()
+    assert count == 30
+    assert math.log(total / count) == pytest.approx(expected, rel=1e-6)
+
+
+def test_uniformity_extremes():
+    same, opposite = unit(1, 5).repeat(4, 1), torch.cat([unit(1, 5), -unit(1, 5)])
+    assert uniformity_sum(same, same, 0) == (pytest.approx(12.0), 12)
+    assert uniformity_sum(opposite, opposite, 0) == (pytest.approx(2 * math.exp(-8), rel=1e-6), 2)
+    assert uniformity_sum(same[:1], same[:1], 0) == (0.0, 0)
 
 
 def test_masked_sum_counts_what_the_mask_names():
