@@ -48,18 +48,21 @@ def train_layout(config: RunConfig) -> dict[str, Any]:
     """Train step by step in this process's place of the world.
 
     Returns:
-        losses and grad_norms of every step, and this rank's parameters and first-step gradients by global name.
+        losses and grad_norms of every step, and this rank's parameters and first two steps' gradients by global name.
     """
     from megatron_conan.train import loop
 
     trainer = build_test_trainer(config)
-    losses, norms, gradients = [], [], {}
+    losses: list[float] = []
+    norms: list[float] = []
+    gradients: dict[str, Any] = {}
     while trainer.step < config.train.steps:
         values = loop.one_step(trainer)
         losses.append(values["loss"])
         norms.append(values["grad_norm"])
-        if trainer.step == 1 and not config.parallel.distributed_optimizer:  # there a rank reduces its own part only
-            gradients = _by_global_name(trainer, lambda p: p.main_grad)
+        if trainer.step <= 2 and not config.parallel.distributed_optimizer:  # there a rank reduces its own part only
+            found = _by_global_name(trainer, lambda p: p.main_grad)
+            gradients |= {f"step {trainer.step}: {name}": value for name, value in found.items()}
     return {"losses": losses, "grad_norms": norms, "gradients": gradients, "weights": final_weights(trainer)}
 
 

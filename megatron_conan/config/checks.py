@@ -18,7 +18,7 @@ def check_config(config: RunConfig, world_size: int) -> None:
     _check_ranks(config, world_size)
     _check_model(config)
     _check_batch(config, world_size)
-    _check_stage(config, world_size)
+    _check_stage(config)
 
 
 def data_parallel_size(config: RunConfig, world_size: int) -> int:
@@ -84,6 +84,17 @@ def _check_batch(config: RunConfig, world_size: int) -> None:
             f"optimizer.min_lr={o.min_lr} is above the peak rate (lr={o.lr}, decoupled_lr={o.decoupled_lr})"
         )
     dp = data_parallel_size(config, world_size)
+    if config.is_contrastive and t.micro_batch_tokens is not None:
+        _check_micro_batch_tokens(config, dp)
+        return
+    if t.micro_batch_tokens is not None:
+        raise ValueError(
+            f"train.micro_batch_tokens={t.micro_batch_tokens} is for the contrastive stages; stage={config.stage} takes "
+            "sequences of one length: set train.micro_batch_size"
+        )
+    if t.micro_batch_size is None:
+        either = " or train.micro_batch_tokens" if config.is_contrastive else ""
+        raise ValueError(f"train.micro_batch_size{either} is required and missing")
     step = t.micro_batch_size * dp
     if t.global_batch_size % step:
         below, above = t.global_batch_size // step * step, -(-t.global_batch_size // step) * step
@@ -93,14 +104,34 @@ def _check_batch(config: RunConfig, world_size: int) -> None:
             f"{t.micro_batch_size} x dp={dp} = {step}; use {remedy}"
         )
     num_micro_batches = t.global_batch_size // step
-    if config.parallel.virtual_pipeline and num_micro_batches % config.parallel.pipeline:
+    if not config.is_contrastive and config.parallel.virtual_pipeline and num_micro_batches % config.parallel.pipeline:
         raise ValueError(
             f"the interleaved schedule needs a number of micro-batches ({num_micro_batches}) divisible by "
             f"parallel.pipeline={config.parallel.pipeline}; change train.global_batch_size"
         )
 
 
-def _check_stage(config: RunConfig, world_size: int) -> None:
+def _check_micro_batch_tokens(config: RunConfig, dp: int) -> None:
+    t = config.train
+    assert t.micro_batch_tokens is not None
+    if t.micro_batch_size is not None:
+        raise ValueError(
+            f"train.micro_batch_size={t.micro_batch_size} and train.micro_batch_tokens={t.micro_batch_tokens} exclude each "
+            "other; give one"
+        )
+    longest = max(config.max_query_length, config.max_document_length)
+    if t.micro_batch_tokens < longest:
+        raise ValueError(
+            f"train.micro_batch_tokens={t.micro_batch_tokens} is below one text of {longest} tokens "
+            "(data.max_query_length, data.max_document_length); raise it, or shorten those"
+        )
+    if t.global_batch_size < dp:
+        raise ValueError(
+            f"train.global_batch_size={t.global_batch_size} is smaller than the dp={dp} ranks that share it"
+        )
+
+
+def _check_stage(config: RunConfig) -> None:
     if not config.is_contrastive:
         if config.mining is not None:
             raise ValueError(f"section mining is for the contrastive stages, not for stage={config.stage}; remove it")
@@ -108,13 +139,11 @@ def _check_stage(config: RunConfig, world_size: int) -> None:
             raise ValueError(
                 f"stage={config.stage} trains next-token prediction and must stay causal; remove the soft_mask section"
             )
+        if config.pooling.projection_dim is not None:
+            raise ValueError(
+                f"pooling.projection_dim is trained in the contrastive stages, not in stage={config.stage}; remove it"
+            )
         return
-    if config.parallel.pipeline > 1:
-        raise ValueError(
-            f"parallel.pipeline={config.parallel.pipeline}: the contrastive stages do not run through the pipeline "
-            "yet; use parallel.pipeline=1 with tensor and data parallelism"
-        )
-    _check_single_micro_batch(config, world_size)
     if config.soft_mask.form == "learned" and config.stage != "weak":
         raise ValueError("soft_mask.form=learned is trained in stage=weak only; finetune runs at the final alpha")
     if config.mining is not None and config.contrastive.num_hard_negatives == 0:
@@ -142,12 +171,23 @@ def _check_mining(config: RunConfig) -> None:
         )
 
 
-def _check_single_micro_batch(config: RunConfig, world_size: int) -> None:
-    """Contrastive stages take the whole share of a rank at once: gradient accumulation adds no negatives."""
-    t, dp = config.train, data_parallel_size(config, world_size)
-    if t.global_batch_size != t.micro_batch_size * dp:
+def _check_losses(config: RunConfig) -> None:
+    c = config.contrastive
+    if c.matryoshka_weights is not None and len(c.matryoshka_weights) != len(c.matryoshka_dims or []):
         raise ValueError(
-            f"contrastive stages take one micro-batch a step so far: train.global_batch_size={t.global_batch_size} "
-            f"must be train.micro_batch_size={t.micro_batch_size} x dp={dp} = {t.micro_batch_size * dp}; "
-            f"set train.micro_batch_size={t.global_batch_size // dp}"
+            f"contrastive.matryoshka_weights={c.matryoshka_weights} must have one weight for each of "
+            f"contrastive.matryoshka_dims={c.matryoshka_dims}"
+        )
+    dims, width = c.matryoshka_dims or [], config.embedding_dim
+    if len(set(dims)) < len(dims) or max(dims, default=width) > width:
+        raise ValueError(
+            f"contrastive.matryoshka_dims={dims} must be distinct sizes of at most {width}, the embedding's own "
+            "(model.hidden_size or pooling.projection_dim)"
+        )
+    if len(set(c.in_batch_negatives)) < len(c.in_batch_negatives):
+        raise ValueError(f"contrastive.in_batch_negatives={c.in_batch_negatives} names one twice; each counts once")
+    if not c.in_batch_negatives and c.num_hard_negatives == 0:
+        raise ValueError(
+            "contrastive.in_batch_negatives=[] with contrastive.num_hard_negatives=0 leaves queries without a negative; "
+            "set one of them"
         )

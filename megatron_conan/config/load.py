@@ -19,6 +19,7 @@ MAY_DIFFER_ON_RESUME = (
     "checkpoint",
     "run_dir",
     "train.micro_batch_size",
+    "train.micro_batch_tokens",
     "train.steps",
     "attention.backend",
 )

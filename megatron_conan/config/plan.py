@@ -24,7 +24,8 @@ class Plan:
 
     parameters: int
     dp: int
-    num_micro_batches: int
+    num_micro_batches: int | None
+    """Of a rank and step; None where it depends on the texts (`train.micro_batch_tokens`)."""
     state_gib: float
     """Weights, gradients and optimizer state of one rank in GiB (activations come on top)."""
 
@@ -40,7 +41,8 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
     master = 4 if t.precision == "bf16" else 0
     optimizer = (8 + master) / (dp if p.distributed_optimizer else 1)
     state = own * (weights + 4 + optimizer)  # gradients are kept in fp32
-    return Plan(parameters, dp, t.global_batch_size // (t.micro_batch_size * dp), state / GIB)
+    num_micro_batches = None if t.micro_batch_size is None else t.global_batch_size // (t.micro_batch_size * dp)
+    return Plan(parameters, dp, num_micro_batches, state / GIB)
 
 
 def format_plan(config: RunConfig, world_size: int) -> str:
@@ -48,12 +50,16 @@ def format_plan(config: RunConfig, world_size: int) -> str:
     plan, p, t = make_plan(config, world_size), config.parallel, config.train
     samples = t.steps * t.global_batch_size
     unit = "queries" if config.is_contrastive else "sequences"
+    micro_batches = (
+        f"micro-batches of up to {t.micro_batch_tokens:,} tokens"
+        if t.micro_batch_tokens is not None
+        else f"{plan.num_micro_batches} micro-batches of {t.micro_batch_size}"
+    )
     lines = [
         f"stage            {config.stage} -> {config.run_dir}",
         f"parameters       {plan.parameters:,}",
         f"ranks            {world_size} = tensor {p.tensor} x pipeline {p.pipeline} x data {plan.dp}",
-        f"step             {t.global_batch_size:,} {unit} = {plan.num_micro_batches} micro-batches of "
-        f"{t.micro_batch_size} x {plan.dp} data-parallel ranks",
+        f"step             {t.global_batch_size:,} {unit} = {micro_batches} x {plan.dp} data-parallel ranks",
         f"run              {t.steps:,} steps, {samples:,} {unit}",
         f"memory a rank    {plan.state_gib:.2f} GiB for weights, gradients and optimizer; activations come on top",
     ]

@@ -70,8 +70,13 @@ class SourceConfig(Section):
 
     prefix: Path
     """Output prefix of the preprocessing tool."""
-    weight: Annotated[float, Field(gt=0)] = 1.0
-    """Share of this source in the training mix, relative to the other sources' weights."""
+    weight: Annotated[float, Field(gt=0)] | None = None
+    """Share of this source in the training mix, relative to the other sources' weights (all sources give one, or none
+    does). Without weights: language-model sources alike, pair sources by `data.source_temperature`."""
+    query_prompt: str | None = None
+    """Name of the prompt before queries; if not given, `query` for retrieval, else the task's name."""
+    document_prompt: str | None = None
+    """Name of the prompt before documents; if not given, `document` for retrieval, else the task's name."""
 
 
 class DataConfig(Section):
@@ -82,9 +87,11 @@ class DataConfig(Section):
     seq_length: Positive | None = None
     """Tokens of one language-model or SFT sequence; `model.max_seq_length` if not given."""
     max_query_length: Positive | None = None
-    """Longest query in tokens, EOS included; `model.max_seq_length` if not given."""
+    """Longest query in tokens, prompt and EOS included; `model.max_seq_length` if not given."""
     max_document_length: Positive | None = None
-    """Longest document in tokens, EOS included; `model.max_seq_length` if not given."""
+    """Longest document in tokens, prompt and EOS included; `model.max_seq_length` if not given."""
+    source_temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Pair sources without weights are drawn in proportion to rows^(1/T): 1 by size, larger values closer to alike."""
 
 
 class TrainConfig(Section):
@@ -92,10 +99,13 @@ class TrainConfig(Section):
 
     steps: Positive
     """Optimizer steps; schedules (learning rate, soft mask) end here."""
-    micro_batch_size: Positive
-    """Samples (sequences or queries) a data-parallel rank processes at once."""
+    micro_batch_size: Positive | None = None
+    """Sequences, or pair rows with all their texts, that a data-parallel rank processes at once."""
+    micro_batch_tokens: Positive | None = None
+    """Contrastive stages, instead of `micro_batch_size`: tokens a data-parallel rank processes at once."""
     global_batch_size: Positive
-    """Samples of one optimizer step over all ranks; a multiple of micro_batch_size x dp."""
+    """Samples of one optimizer step over all ranks; a multiple of dp, and of micro_batch_size x dp where that is given.
+    Contrastive losses are those of the whole global batch, however many micro-batches it takes."""
     seed: Annotated[int, Field(ge=0)] = 1234
     """Seed of initialisation, shuffling and sampling."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -167,8 +177,35 @@ class SoftMaskConfig(Section):
 class PoolingConfig(Section):
     """From token vectors to one embedding."""
 
-    mode: Literal["mean", "last"] = "mean"
-    """Mean over the sequence's tokens, or the vector of its last token (EOS)."""
+    mode: Literal["mean", "weighted_mean", "last"] = "mean"
+    """Mean over the sequence's tokens, mean weighted by position (1, 2, .. l), or the vector of its last token (EOS)."""
+    include_prompt: bool = True
+    """Whether the prompt's tokens enter the mean."""
+    projection_dim: Positive | None = None
+    """Size of the embedding, by a linear map behind pooling; the model's width if not given."""
+
+
+InBatchNegatives = Literal["documents", "queries", "same_side"]
+
+
+class TaskWeights(Section):
+    """Factors on the losses, by task."""
+
+    retrieval: Annotated[float, Field(gt=0)] = 1.0
+    """InfoNCE on retrieval rows."""
+    classification: Annotated[float, Field(gt=0)] = 1.0
+    """InfoNCE on classification rows."""
+    sts: Annotated[float, Field(gt=0)] = 1.0
+    """CoSENT on scored pairs."""
+
+
+class BatchBalanceConfig(Section):
+    """Two tasks in every step (Conan-embedding v1, cross-GPU batch balance): InfoNCE plus weight x CoSENT."""
+
+    scored_batch_size: Positive
+    """Scored pairs of a step over all ranks, drawn from the sts sources."""
+    weight: Annotated[float, Field(gt=0)] = 0.8
+    """beta, the factor on CoSENT."""
 
 
 class ContrastiveConfig(Section):
@@ -178,10 +215,25 @@ class ContrastiveConfig(Section):
     """Divisor of the cosine similarities."""
     symmetric: bool = False
     """Add the document-to-query direction; the loss is the mean of both."""
+    num_positives: Positive = 1
+    """Most positives a query brings along; its loss is the mean over them."""
     num_hard_negatives: Annotated[int, Field(ge=0)] = 0
-    """Hard negatives a query brings along (mined, or those of the file)."""
+    """Hard negatives a query brings along (mined, those of the file, or texts of other classes)."""
+    in_batch_negatives: list[InBatchNegatives] = ["documents"]
+    """What else of the global batch is a negative: the documents of other queries, the other queries, and the documents
+    seen from the query's positive (same_side). Empty: its own hard negatives only."""
+    false_negative_margin: float | None = None
+    """A candidate scoring above the (lowest) positive by more than this is no negative; off if not given."""
+    matryoshka_dims: Annotated[list[Positive], Field(min_length=1)] | None = None
+    """The loss is summed over embeddings cut to each of these sizes; the whole embedding alone if not given."""
+    matryoshka_weights: list[Annotated[float, Field(gt=0)]] | None = None
+    """Factor on the loss at each of `matryoshka_dims`; all 1 if not given."""
     cosent_temperature: Annotated[float, Field(gt=0)] = 0.05
     """Divisor of the cosine differences in CoSENT."""
+    task_weights: TaskWeights = TaskWeights()
+    """Factors on the losses, by task."""
+    batch_balance: BatchBalanceConfig | None = None
+    """Scored pairs beside every retrieval or classification batch; one source a step if absent."""
 
 
 class MiningConfig(Section):
@@ -242,6 +294,9 @@ class RunConfig(Section):
     """The decoder's shape."""
     tokenizer: TokenizerConfig
     """The SentencePiece model."""
+    prompts: dict[str, str] = {}
+    """Text put before inputs of the contrastive stages, by name (`query`, `document`, `sts`, ...); each ends in a line
+    break. Training, mining, evaluation and export use the same."""
     data: DataConfig
     """What the stage trains on."""
     train: TrainConfig
@@ -271,16 +326,21 @@ class RunConfig(Section):
         return self.stage in ("weak", "finetune")
 
     @property
+    def embedding_dim(self) -> int:
+        """Size of the embedding."""
+        return self.pooling.projection_dim or self.model.hidden_size
+
+    @property
     def seq_length(self) -> int:
         """Tokens of one LM or SFT sequence."""
         return self.data.seq_length or self.model.max_seq_length
 
     @property
     def max_query_length(self) -> int:
-        """Longest query in tokens, EOS included."""
+        """Longest query in tokens, prompt and EOS included."""
         return self.data.max_query_length or self.model.max_seq_length
 
     @property
     def max_document_length(self) -> int:
-        """Longest document in tokens, EOS included."""
+        """Longest document in tokens, prompt and EOS included."""
         return self.data.max_document_length or self.model.max_seq_length

@@ -17,10 +17,13 @@ class TextBatch:
     """[n, s] int64, padded on the right with the pad id."""
     lengths: torch.Tensor
     """[n] int64, number of real tokens of each text."""
+    prompt_length: int = 0
+    """Tokens of the prompt that all of them begin with."""
 
     def to(self, device: torch.device | str) -> TextBatch:
         """The same batch on `device`."""
-        return TextBatch(self.tokens.to(device, non_blocking=True), self.lengths.to(device, non_blocking=True))
+        tokens, lengths = (x.to(device, non_blocking=True) for x in (self.tokens, self.lengths))
+        return TextBatch(tokens, lengths, self.prompt_length)
 
 
 @dataclass
@@ -94,13 +97,16 @@ class PairBatch:
         )
 
 
-def collate_texts(sequences: Sequence[np.ndarray], pad_id: int, pad_multiple: int = 8) -> TextBatch:
+def collate_texts(
+    sequences: Sequence[np.ndarray], pad_id: int, pad_multiple: int = 8, prompt_length: int = 0
+) -> TextBatch:
     """Right-pad formatted texts into one batch.
 
     Args:
         sequences: n arrays of token ids.
         pad_id: fills the positions behind a text.
         pad_multiple: s is the longest length, rounded up to a multiple of this.
+        prompt_length: tokens of the prompt that all of them begin with.
 
     Returns:
         TextBatch with tokens [n, s]; s is 0 if all texts are empty or there are none.
@@ -113,4 +119,4 @@ def collate_texts(sequences: Sequence[np.ndarray], pad_id: int, pad_multiple: in
     tokens = np.full((len(sequences), width), pad_id, dtype=np.int64)
     for row, sequence in zip(tokens, sequences, strict=True):
         row[: len(sequence)] = sequence
-    return TextBatch(tokens=torch.from_numpy(tokens), lengths=torch.from_numpy(lengths))
+    return TextBatch(torch.from_numpy(tokens), torch.from_numpy(lengths), prompt_length)

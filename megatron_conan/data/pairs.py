@@ -1,21 +1,17 @@
-"""Pair data on disk (queries, positives, negatives as ids of one text store) and batches made from it.
+"""Pair data on disk: queries, positives and negatives as ids of one text store.
 
-Legend: R rows, q queries of a batch, K slots for negatives.
+Legend: R rows.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from megatron_conan.data.batch import PairBatch, collate_texts
-from megatron_conan.data.format import format_text
 from megatron_conan.data.indexed_files import IndexedFile
 from megatron_conan.data.pair_files import PAIR_FORMAT
 from megatron_conan.data.tokenizer import Tokenizer
@@ -108,84 +104,10 @@ class PairStore:
         return np.load(path, mmap_mode="r")
 
 
-def build_pair_batch(
-    store: PairStore,
-    rows: np.ndarray,
-    *,
-    tokenizer: Tokenizer,
-    max_query_length: int,
-    max_document_length: int,
-    rng: Sequence[int],
-    negatives: np.ndarray | None = None,
-    num_negatives: int = 0,
-    pad_multiple: int = 8,
-) -> PairBatch:
-    """Make a batch of some rows.
-
-    Args:
-        store: pair data of task retrieval or sts.
-        rows: [q] row numbers.
-        tokenizer: gives pad and EOS ids.
-        max_query_length: tokens of a query, EOS included.
-        max_document_length: tokens of a document, EOS included.
-        rng: non-negative numbers that, with the row, settle every random choice, e.g. (seed, step): which of several
-            positives, and which negatives if the file has more than `num_negatives`. A row's choice does not depend on
-            the rest of the batch, so it is the same in every parallel layout.
-        negatives: [q, K] text ids from a table of mined negatives, -1 for an empty slot; None takes the file's own.
-        num_negatives: most negatives a query gets from the file; ignored if `negatives` is given.
-        pad_multiple: padded lengths are multiples of this.
-    """
-    if store.task == "sft":
-        raise ValueError(f"{store.prefix} holds sft rows, which are no pairs; use it in the sft stage")
-    row_numbers = np.asarray(rows, dtype=np.int64)
-    num_queries = len(row_numbers)
-    if negatives is not None and negatives.shape[:1] != (num_queries,):
-        raise ValueError(f"negatives has shape {negatives.shape}; expected [{num_queries}, K], one line a row")
-    query_ids = np.array([store.query(row) for row in row_numbers], dtype=np.int64)
-    document_ids = [_choose(store.positives(row), 1, (*rng, int(row), 0)) for row in row_numbers]
-    document_query = [np.arange(num_queries, dtype=np.int64)]
-    slots = [np.full(num_queries, -1, dtype=np.int64)]
-    for query, row in enumerate(row_numbers):
-        if negatives is None:
-            ids = _choose(store.negatives(row), num_negatives, (*rng, int(row), 1))
-            used_slots = np.full(len(ids), -1, dtype=np.int64)
-        else:
-            used_slots = np.flatnonzero(negatives[query] >= 0)
-            ids = negatives[query, used_slots]
-        document_ids.append(ids)
-        document_query.append(np.full(len(ids), query, dtype=np.int64))
-        slots.append(used_slots)
-    documents = np.concatenate(document_ids).astype(np.int64) if document_ids else np.empty(0, np.int64)
-
-    def texts(ids: np.ndarray, max_length: int) -> list[np.ndarray]:
-        return [format_text(store.tokens(i), max_length, tokenizer.eos_id) for i in ids]
-
-    return PairBatch(
-        source=store.name,
-        task=store.task,
-        rows=torch.from_numpy(row_numbers.copy()),
-        query_ids=torch.from_numpy(query_ids),
-        query=collate_texts(texts(query_ids, max_query_length), tokenizer.pad_id, pad_multiple),
-        document=collate_texts(texts(documents, max_document_length), tokenizer.pad_id, pad_multiple),
-        document_ids=torch.from_numpy(documents),
-        document_query=torch.from_numpy(np.concatenate(document_query)),
-        is_positive=torch.arange(len(documents)) < num_queries,
-        slots=torch.from_numpy(np.concatenate(slots).astype(np.int64)),
-        scores=torch.tensor([store.score(row) for row in row_numbers], dtype=torch.float32),
-    )
-
-
-def _choose(ids: np.ndarray, count: int, key: Sequence[int]) -> np.ndarray:
-    """At most `count` of the ids, in their order; a random choice by `key` if there are more."""
-    if len(ids) <= count:
-        return ids
-    return ids[np.sort(np.random.default_rng(list(key)).choice(len(ids), count, replace=False))]
-
-
 def _read_summary(prefix: Path) -> dict[str, Any]:
     path = prefix.with_name(prefix.name + ".json")
     command = (
-        f"python data_tools/preprocess_pairs.py --task retrieval|sts|sft --input F [F ...] --tokenizer-model M "
+        f"python data_tools/preprocess_pairs.py --task retrieval|sts|sft|classification --input F [F ...] --tokenizer-model M "
         f"--output-prefix {prefix}"
     )
     if not path.is_file():

@@ -1,25 +1,13 @@
-"""Gather rows of different counts over data-parallel ranks, with the gradient.
+"""Bring the embeddings of all data-parallel ranks together, and their gradients back.
 
 Over the dp group only: over the world, tensor-parallel ranks would bring every row twice.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-
-def gather_sizes(num_rows: int, group: dist.ProcessGroup | None, device: torch.device) -> list[int]:
-    """Every rank's row count. All ranks of `group` must call; None is a lone process."""
-    if group is None or group.size() == 1:
-        return [num_rows]
-    counts = torch.zeros(group.size(), dtype=torch.int64, device=device)
-    counts[group.rank()] = num_rows
-    dist.all_reduce(counts, group=group)
-    return counts.tolist()
 
 
 def gather_rows(local: Tensor, sizes: list[int], group: dist.ProcessGroup | None) -> Tensor:
@@ -27,7 +15,7 @@ def gather_rows(local: Tensor, sizes: list[int], group: dist.ProcessGroup | None
 
     Args:
         local: [m, ...] this rank's rows.
-        sizes: row counts of all ranks (`gather_sizes`).
+        sizes: row counts of all ranks.
         group: the dp group. All its ranks must call.
 
     Returns:
@@ -42,37 +30,20 @@ def gather_rows(local: Tensor, sizes: list[int], group: dist.ProcessGroup | None
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
-class _GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, local: Tensor, sizes: list[int], group: dist.ProcessGroup, sum_gradients: bool) -> Tensor:
-        ctx.sizes, ctx.group, ctx.sum_gradients = sizes, group, sum_gradients
-        return gather_rows(local, sizes, group)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = gradients[0]
-        if ctx.sum_gradients:
-            gradient = gradient.contiguous().clone()
-            dist.all_reduce(gradient, group=ctx.group)
-        start = sum(ctx.sizes[: ctx.group.rank()])
-        return gradient[start : start + ctx.sizes[ctx.group.rank()]], None, None, None
-
-
-def gather_with_gradient(
-    local: Tensor, sizes: list[int], group: dist.ProcessGroup | None, *, sum_gradients: bool
-) -> Tensor:
-    """Concatenate the ranks' rows so that gradients flow back to the rank that brought them.
+def return_gradient(gradient: Tensor, sizes: list[int], group: dist.ProcessGroup | None) -> Tensor:
+    """Add the ranks' gradients with respect to gathered rows up, and keep this rank's rows: the adjoint of `gather_rows`.
 
     Args:
-        local: [m, e] this rank's rows.
+        gradient: [sum(sizes), ...] derivative of this rank's part of the loss; overwritten.
         sizes: row counts of all ranks.
-        group: the dp group. All its ranks must call, forward and backward.
-        sum_gradients: True where each rank's loss is its own part of the total (gradients of a row add up over ranks);
-            False where every rank computes the same total loss (each rank's gradient is whole already).
+        group: the dp group. All its ranks must call.
 
     Returns:
-        [sum(sizes), e].
+        [m, ...] derivative of the whole loss with respect to this rank's rows.
     """
     if len(sizes) == 1:
-        return local
-    return _GatherRows.apply(local, sizes, group, sum_gradients)
+        return gradient
+    assert group is not None
+    dist.all_reduce(gradient, group=group)
+    start = sum(sizes[: group.rank()])
+    return gradient[start : start + sizes[group.rank()]]

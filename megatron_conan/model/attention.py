@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
+from megatron_conan.data.packing import PackedSequences
 from megatron_conan.kernels.soft_mask_attention import soft_mask_attention_reference, soft_mask_weights
 from megatron_conan.model.mask import SoftMask
 
@@ -28,10 +29,11 @@ def choose_backend(name: Literal["auto", "sdpa", "reference"]) -> Backend:
 
 
 class SoftMaskAttention(MegatronModule):
-    """softmax(q k^T * scale + log m) v over right-padded sequences.
+    """softmax(q k^T * scale + log m) v over right-padded or packed sequences.
 
     `attention_mask` of megatron-core carries the sequences' lengths [b] (int64), or None where no row is padded or the
-    padding is harmless (causal attention with padding on the right: no valid row sees it).
+    padding is harmless (causal attention with padding on the right: no valid row sees it), or the `PackedSequences` of one
+    packed row.
     """
 
     def __init__(
@@ -62,7 +64,7 @@ class SoftMaskAttention(MegatronModule):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: Tensor | None,
+        attention_mask: Tensor | PackedSequences | None,
         /,
         **_: Any,
     ) -> Tensor:
@@ -72,16 +74,33 @@ class SoftMaskAttention(MegatronModule):
             query: [s, b, n, d].
             key: [s, b, g, d].
             value: [s, b, g, d].
-            attention_mask: lengths [b] int64, or None (all of length s).
+            attention_mask: lengths [b] int64, or None (all of length s), or the sequences packed into b = 1 row.
 
         Returns:
             [s, b, n * d].
         """
+        if isinstance(attention_mask, PackedSequences):
+            return self._attend_packed(query, key, value, attention_mask)
         s, b = query.shape[:2]
         q, k, v = (x.transpose(0, 1) for x in (query, key, value))  # [s, b, n, d] -> [b, s, n, d]
-        attend = _sdpa if self.backend == "sdpa" else _reference
-        output = attend(q, k, v, attention_mask, self.soft_mask, self.theta, self.scale)
+        output = self._attend(q, k, v, attention_mask)
         return output.transpose(0, 1).reshape(s, b, -1)  # [b, s, n, d] -> [s, b, n * d]
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
+        """[b, s, n, d] -> [b, s, n, d]."""
+        attend = _sdpa if self.backend == "sdpa" else _reference
+        return attend(q, k, v, lengths, self.soft_mask, self.theta, self.scale)
+
+    def _attend_packed(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
+        """[t, 1, n, d] -> [t, 1, n * d]: the backends know no packing, so they get texts of similar length, padded."""
+        padded = [_Pad.apply(x[:, 0], packed) for x in (query, key, value)]  # [t, n, d] -> [p, n, d]
+        outputs, start = [], 0
+        for group in packed.groups:
+            end = start + group.num_texts * group.width
+            q, k, v = (x[start:end].unflatten(0, (group.num_texts, group.width)) for x in padded)  # -> [b, s, n, d]
+            outputs.append(self._attend(q, k, v, group.lengths).flatten(0, 1))  # [b, s, n, d] -> [p of the group, n, d]
+            start = end
+        return _Unpad.apply(torch.cat(outputs), packed).flatten(1).unsqueeze(1)  # [t, n, d] -> [t, 1, n * d]
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -90,6 +109,44 @@ class SoftMaskAttention(MegatronModule):
         if self.theta is None:
             return {}
         return make_sharded_tensors_for_checkpoint({"theta": self.theta}, prefix, {"theta": 0}, sharded_offsets)
+
+
+def _pad(x: Tensor, packed: PackedSequences) -> Tensor:
+    """[t, ...] -> [p, ...]; what stands at padded places is of no meaning."""
+    return x.index_select(0, packed.to_padded)
+
+
+def _unpad(x: Tensor, packed: PackedSequences) -> Tensor:
+    """[p, ...] -> [t, ...]; zeros behind the last text."""
+    y = x.index_select(0, packed.to_packed)
+    y[packed.position.shape[0] :] = 0
+    return y
+
+
+class _Pad(torch.autograd.Function):
+    """Packed to padded. Its gradient is a gather too: faster than autograd's adding by index, and deterministic on a GPU."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packed: PackedSequences) -> Tensor:
+        ctx.packed = packed
+        return _pad(x, packed)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return _unpad(gradients[0], ctx.packed), None
+
+
+class _Unpad(torch.autograd.Function):
+    """Padded to packed; the adjoint of `_Pad`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packed: PackedSequences) -> Tensor:
+        ctx.packed = packed
+        return _unpad(x, packed)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return _pad(gradients[0], ctx.packed).index_fill_(0, ctx.packed.padding, 0), None
 
 
 def effective_alpha(soft_mask: SoftMask, theta: Tensor | None) -> tuple[Literal["row", "column", "constant"], Tensor]:

@@ -21,9 +21,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_conan.config import RunConfig
+from megatron_conan.data.packing import PackedSequences
 from megatron_conan.model.attention import choose_backend
 from megatron_conan.model.mask import SoftMask
-from megatron_conan.model.pooling import pool
+from megatron_conan.model.pooling import pool_packed, pool_padded
 from megatron_conan.model.spec import decoder_spec, transformer_config
 
 Head = Literal["lm", "embedding"]
@@ -53,7 +54,7 @@ class ConanModel(LanguageModule):
         super().__init__(config=core)
         self.model_type = ModelType.encoder_or_decoder
         self.model_config, self.head, self.soft_mask = config.model, head, soft_mask
-        self.pooling_mode = config.pooling.mode
+        self.pooling = config.pooling
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.share_embeddings_and_output_weights = head == "lm"
         if pre_process:
@@ -84,31 +85,48 @@ class ConanModel(LanguageModule):
             )
         if head == "lm":
             self.setup_embeddings_and_output_layer()
+        self.projection = None
+        if head == "embedding" and post_process and config.pooling.projection_dim is not None:
+            # every tensor rank has the whole map, and gets the same gradient: pooled vectors are the same on all of them
+            self.projection = torch.nn.Linear(
+                core.hidden_size, config.pooling.projection_dim, bias=False, dtype=core.params_dtype
+            )
+
+    @property
+    def embedding_dim(self) -> int:
+        """Size of the embeddings that this head gives."""
+        size = self.pooling.projection_dim if self.head == "embedding" else None
+        return size or self.config.hidden_size
 
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
         """Called by the pipeline schedule with the previous stage's activations, [s, b, h]."""
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
     def forward(
-        self, tokens: Tensor, lengths: Tensor | None = None, labels: Tensor | None = None, embed: bool = False
+        self,
+        tokens: Tensor,
+        lengths: Tensor | PackedSequences | None = None,
+        labels: Tensor | None = None,
+        embed: bool = False,
+        prompt_lengths: Tensor | int = 0,
     ) -> Tensor:
         """Run this stage.
 
         Args:
             tokens: [b, s] int64; every pipeline stage gets them (later stages use the shape alone).
-            lengths: [b] true lengths of right-padded rows; None where padding is harmless (causal, or none).
+            lengths: [b] true lengths of right-padded rows; None where padding is harmless (causal, or none); or the n texts
+                that are packed into b = 1 row.
             labels: [b, s] next tokens (head "lm", last stage).
             embed: give pooled embeddings from a model with head "lm" too.
+            prompt_lengths: [b] or [n] tokens of each text's prompt, or one number for all.
 
         Returns:
             Not the last stage: activations [s, b, h] (s / tp under sequence parallelism).
-            Head "embedding", or `embed`: [b, h] fp32, unit length.
+            Head "embedding", or `embed`: [b, e] (packed: [n, e]) fp32, unit length.
             Head "lm": losses [b, s] fp32 if labels are given, else logits [s, b, v].
         """
         hidden = self.embedding(tokens, None) if self.pre_process else None
-        hidden = self.decoder(
-            hidden, attention_mask=lengths, rotary_pos_emb=self._rotary_angles(tokens.shape[1], tokens.device)
-        )
+        hidden = self.decoder(hidden, attention_mask=lengths, rotary_pos_emb=self._rotary_angles(tokens, lengths))
         if not self.post_process:
             return hidden
         if embed or self.head == "embedding":
@@ -116,7 +134,7 @@ class ConanModel(LanguageModule):
             if self.config.sequence_parallel:
                 # The pooled vectors are the same on every tensor rank, and so is their gradient: it must not be summed.
                 hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-            return pool(hidden, lengths, self.pooling_mode)
+            return self._pool(hidden, lengths, prompt_lengths)
         assert self.output_layer is not None
         logits, _ = self.output_layer(hidden, weight=self.shared_embedding_or_output_weight())
         if labels is None:
@@ -131,14 +149,37 @@ class ConanModel(LanguageModule):
             return super().sharded_state_dict(prefix, sharded_offsets, metadata)
         return MegatronModule.sharded_state_dict(self, prefix, sharded_offsets, metadata)
 
-    def _rotary_angles(self, size: int, device: torch.device) -> Tensor:
-        """Angles [s, 1, 1, d] of positions 0 .. s-1, in the two-halves (NeoX, Llama) layout.
+    def _pool(self, hidden: Tensor, lengths: Tensor | PackedSequences, prompt_lengths: Tensor | int) -> Tensor:
+        """[s, b, h] -> [b or n, e] fp32, unit length."""
+        mode, include_prompt = self.pooling.mode, self.pooling.include_prompt
+        if isinstance(lengths, PackedSequences):
+            prompts = lengths.lengths.new_zeros(()) + prompt_lengths
+            pooled = pool_packed(
+                hidden[:, 0],  # [t, 1, h] -> [t, h]
+                lengths.position,
+                lengths.lengths,
+                mode,
+                prompts.expand(len(lengths.lengths)),
+                include_prompt,
+            )
+        else:
+            pooled = pool_padded(hidden, lengths, mode, prompt_lengths, include_prompt)
+        if self.projection is not None:
+            pooled = torch.nn.functional.linear(pooled, self.projection.weight.float())
+        return torch.nn.functional.normalize(pooled, dim=-1)
+
+    def _rotary_angles(self, tokens: Tensor, lengths: Tensor | PackedSequences | None) -> Tensor:
+        """Angles [s, 1, 1, d] of the tokens' positions in their text, in the two-halves (NeoX, Llama) layout.
 
         Computed here in fp32: as a buffer megatron-core's bf16 wrapper would round them.
         """
-        d = self.model_config.head_dim
-        frequency = self.model_config.rotary_base ** (-torch.arange(0, d, 2, dtype=torch.float32, device=device) / d)
-        position = torch.arange(size, dtype=torch.float32, device=device)
+        d, size = self.model_config.head_dim, tokens.shape[1]
+        frequency = self.model_config.rotary_base ** (
+            -torch.arange(0, d, 2, dtype=torch.float32, device=tokens.device) / d
+        )
+        position = torch.arange(size, dtype=torch.float32, device=tokens.device)
+        if isinstance(lengths, PackedSequences):
+            position = torch.nn.functional.pad(lengths.position.float(), (0, size - lengths.position.shape[0]))
         angles = torch.outer(position, frequency)  # [s, d / 2]
         return torch.cat([angles, angles], dim=-1)[:, None, None, :]
 

@@ -103,12 +103,16 @@ def load_checkpoint(
 def load_weights(folder: Path, chunks: list[ConanModel]) -> None:
     """Load weights only, for a stage that starts from another one's end. All ranks must call.
 
-    Parameters that the checkpoint holds and the model lacks (theta of a learned soft mask) are left out.
+    Parameters that the checkpoint holds and the model lacks (theta of a learned soft mask) are left out; those that start in
+    this stage keep their start.
     """
+    starting = ["core_attention.theta"]  # exists in stage weak only
+    if read_state(folder).get("projection_dim") is None:
+        starting.append("projection.weight")  # language models have none
     sharded = {_model_key(i, chunks): chunk.sharded_state_dict() for i, chunk in enumerate(chunks)}
     for state in sharded.values():
-        for name in [name for name in state if name.endswith("core_attention.theta")]:
-            del state[name]  # exists in stage weak only and starts there
+        for name in [name for name in state if name.endswith(tuple(starting))]:
+            del state[name]
     loaded = dist_checkpointing.load(sharded, str(folder))
     _load_model_state(loaded, chunks)
 
@@ -195,10 +199,11 @@ def _load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -
 
 
 def _load_model_state(loaded: dict[str, Any], chunks: list[Any]) -> None:
-    """Copy loaded tensors into the chunks; only theta and the tied head may be missing."""
+    """Copy loaded tensors into the chunks; only what starts in this stage and the tied head may be missing."""
+    optional = ("core_attention.theta", "output_layer.weight", "projection.weight")
     for i, chunk in enumerate(chunks):
         missing, unexpected = unwrap(chunk).load_state_dict(loaded[_model_key(i, chunks)], strict=False)
-        missing = [name for name in missing if not name.endswith(("core_attention.theta", "output_layer.weight"))]
+        missing = [name for name in missing if not name.endswith(optional)]
         assert not missing, missing
         assert not unexpected, unexpected
 
@@ -222,6 +227,11 @@ def check_start(config: RunConfig, tokenizer_sha256: str) -> None:
         )
     if config.stage == "finetune" and state["stage"] == "weak":
         _check_mask(config, folder, state)
+    if state["stage"] in ("weak", "finetune") and state.get("projection_dim") != config.pooling.projection_dim:
+        raise ValueError(
+            f"{folder} was trained with pooling.projection_dim={state.get('projection_dim')}, not "
+            f"{config.pooling.projection_dim}; set it to that"
+        )
     now = shape_fields(config)
     differences = [
         f"{key}: {state['model'][key]} there, {now[key]} here" for key in SHAPE_KEYS if state["model"][key] != now[key]

@@ -1,214 +1,298 @@
-"""The two stages that train embeddings: weak and finetune. Data, forward step, and the global loss.
+"""The two stages that train embeddings, weak and finetune: the loss of the global batch, and how it reaches the weights.
 
-Shapes: `q` queries of this rank, `d` documents of this rank, `h` hidden; `Q`, `D` those of all data-parallel ranks.
+Shapes: `n` texts of the global batch, `m` those this rank embeds, `e` embedding dim; `q` rows whose loss this rank computes,
+`a` distinct queries and `d` distinct documents of one source.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from functools import partial
+from dataclasses import dataclass
 
-import numpy as np
 import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
-from megatron_conan.data.batch import PairBatch, TextBatch
-from megatron_conan.data.pairs import PairStore, build_pair_batch
-from megatron_conan.data.sampler import SourceSchedule, dp_slice, sample_indices
-from megatron_conan.loss.contrastive import InfoNCE, excluded_documents, info_nce
+from megatron_conan.data.packing import PackedTexts
+from megatron_conan.data.pair_batch import PairBatch
+from megatron_conan.loss.contrastive import Bank, ContrastiveLoss, OwnNegatives, info_nce_loss
 from megatron_conan.loss.cosent import cosent
-from megatron_conan.loss.gather import gather_rows, gather_sizes, gather_with_gradient
-from megatron_conan.mining.table import NegativesTable
+from megatron_conan.loss.embedding_metrics import alignment, uniformity_sum
+from megatron_conan.loss.gather import gather_rows, return_gradient
+from megatron_conan.loss.matryoshka import truncate
+from megatron_conan.train.pair_data import Pairs, PairStep
+from megatron_conan.train.relations import RowRelations, own_rows, row_relations
 from megatron_conan.train.setup import Setup
-from megatron_conan.train.step import LossFunction, StepReport
+from megatron_conan.train.step import LossFunction, StepReport, run_schedule
 
-LENGTH_GROUP_WIDTH = 32
-"""A batch of texts is embedded in one group of similar length for every so many tokens of its width ..."""
-
-MAX_LENGTH_GROUPS = 4
-"""... but in no more than so many: every group has its own pass over the weights."""
+UNIFORMITY_ROWS = 512
+"""Uniformity is measured on no more queries than this, against each other."""
 
 
-class Pairs:
-    """Pair data: one source a global batch, rows in a seeded order, negatives from the file or from mining."""
+@dataclass(frozen=True)
+class Settled:
+    """What comes of the embeddings of a global batch, on one rank."""
 
-    def __init__(self, setup: Setup) -> None:
-        """Open the sources."""
-        config = setup.config
-        self.setup = setup
-        self.stores = [PairStore(source.prefix, setup.tokenizer) for source in config.data.sources]
-        names = [store.name for store in self.stores]
-        if len(set(names)) < len(names):
-            raise ValueError(f"data.sources: two sources are called alike ({', '.join(names)}); rename a file prefix")
-        self.by_name = dict(zip(names, self.stores, strict=True))
-        self.negatives: dict[str, NegativesTable] = {}
-        weights = [source.weight for source in config.data.sources]
-        self.schedule = SourceSchedule([store.num_rows for store in self.stores], weights, seed=config.train.seed)
-        self.pad_multiple = pad_multiple(config.parallel.tensor)
-
-    def micro_batches(self, step: int) -> list[PairBatch]:
-        """This rank's share of step `step` (from 1), in one micro-batch. Negatives are those in use at this moment."""
-        config, context = self.setup.config, self.setup.context
-        store = self.stores[self.schedule.source_at(step - 1)]
-        size = config.train.global_batch_size
-        start = self.schedule.batches_before(step - 1) * size
-        rows = sample_indices(store.num_rows, config.train.seed, start, size)
-        (own,) = dp_slice(rows, context.dp_rank, context.dp_size, config.train.micro_batch_size)
-        table = self.negatives.get(store.name)
-        batch = build_pair_batch(
-            store,
-            own,
-            tokenizer=self.setup.tokenizer,
-            max_query_length=config.max_query_length,
-            max_document_length=config.max_document_length,
-            rng=(config.train.seed, step),
-            negatives=None if table is None else table.current(own),
-            num_negatives=config.contrastive.num_hard_negatives,
-            pad_multiple=self.pad_multiple,
-        )
-        return [batch.to(context.device)]
+    gradient: Tensor
+    """[m, e] derivative of N x loss with respect to this rank's embeddings, N the rows of the global batch."""
+    report: StepReport
+    mined_similarity: Tensor
+    """[mined negatives in use, of the whole batch] fp32 cosine with their queries."""
 
 
-def pad_multiple(tensor_size: int) -> int:
-    """Padded lengths are multiples of 8 (for the kernels) and of tp (for sequence parallelism)."""
-    return math.lcm(8, tensor_size)
+@dataclass(frozen=True)
+class _Side:
+    """Embeddings of one source's texts, cut to one size."""
+
+    query: Tensor
+    """[a, e] unit vectors."""
+    document: Tensor
+    """[d, e] unit vectors."""
 
 
-def known_positives(store: PairStore, rows: np.ndarray, document_ids: np.ndarray) -> np.ndarray:
-    """[rows, documents] bool: the data names the document as a positive of the row's query."""
-    return np.stack([np.isin(document_ids, store.positives(row)) for row in rows])
+class Contrastive:
+    """Forward and backward over one global batch.
 
+    Every rank embeds its share of the texts. The embeddings of all ranks are gathered; each rank computes the losses of its
+    own rows against all of them, and the gradient with respect to every embedding; gradients are added up over ranks, and
+    each rank back-propagates those of its own texts, as sum(embedding x gradient). So value and gradient are those of one
+    process on the whole batch, however the texts are shared out. docs/training.md derives the scale.
 
-def embed_by_length(model: torch.nn.Module, batch: TextBatch, multiple: int) -> Tensor:
-    """Embed texts in groups of similar length, each padded to its own longest text only.
-
-    Padding is masked, so grouping changes no embedding; it halves the tokens computed where lengths differ widely.
-
-    Args:
-        model: a whole model (one pipeline stage) with head "embedding".
-        batch: n right-padded texts.
-        multiple: padded lengths are multiples of this.
-
-    Returns:
-        [n, h] in the order of the batch.
-    """
-    order = torch.argsort(batch.lengths, stable=True)
-    num_groups = min(max(batch.tokens.shape[1] // LENGTH_GROUP_WIDTH, 1), MAX_LENGTH_GROUPS)
-    groups = [group for group in order.chunk(num_groups) if len(group)]
-    embeddings = []
-    for group in groups:
-        width = -(-int(batch.lengths[group[-1]]) // multiple) * multiple
-        embeddings.append(model(batch.tokens[group, :width], batch.lengths[group]))
-    return torch.cat(embeddings)[torch.argsort(order)]
-
-
-class Objective:
-    """The contrastive loss over the global batch, for one micro-batch a rank.
-
-    Every rank computes the losses of its own queries against the documents of all ranks. Gathered rows send their gradient
-    back to the rank that brought them, gradients are summed over ranks, and megatron-core divides once by the global
-    number of queries: value and gradient are those of one process on the whole batch.
+    With one micro-batch this happens in the one forward and backward pass. With several, a first pass embeds without a graph,
+    the gradients are computed once, and a second pass back-propagates them (Gao et al. 2021, GradCache): memory is that of
+    one micro-batch and of the embeddings. Both passes go through megatron-core's schedule, and so through the pipeline.
     """
 
     def __init__(self, setup: Setup, data: Pairs) -> None:
-        """`data` resolves sources, and holds the negatives tables that the losses' similarities update."""
+        """`data` holds the negatives tables that the losses' similarities update."""
         self.setup, self.data = setup, data
 
-    def forward_step(self, batches: Iterator[PairBatch], model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
-        """Embed queries and documents ([q + d, h]); the loss follows."""
-        batch = next(batches)
-        query = embed_by_length(model, batch.query, self.data.pad_multiple)
-        document = embed_by_length(model, batch.document, self.data.pad_multiple)
-        loss = self._scored_loss if batch.task == "sts" else self._retrieval_loss
-        return torch.cat([query, document]), partial(loss, batch)
+    def forward_backward(self, chunks: list[DistributedDataParallel], step: PairStep) -> list[StepReport]:
+        """Accumulate the gradients of a step. All ranks must call. Returns the report, on the last pipeline stage only."""
+        settled: list[Settled] = []
 
-    def _retrieval_loss(self, batch: PairBatch, embeddings: Tensor) -> tuple[Tensor, Tensor, StepReport]:
-        settings, group = self.setup.config.contrastive, self.setup.context.dp_group
-        num_queries, device = len(batch.query_ids), embeddings.device
-        query, document = embeddings.split([num_queries, len(batch.document_ids)])
-        sizes = gather_sizes(len(document), group, device)
-        documents = gather_with_gradient(document, sizes, group, sum_gradients=True)  # [D, h]
-        first = sum(sizes[: self.setup.context.dp_rank])
-        owner = torch.where(batch.is_positive, batch.query_ids[batch.document_query], -1)
-        all_ids, all_owners = gather_rows(torch.stack([batch.document_ids, owner], 1), sizes, group).unbind(1)
-        store = self.data.by_name[batch.source]
-        known = known_positives(store, batch.rows.cpu().numpy(), all_ids.cpu().numpy())
-        excluded = excluded_documents(batch.query_ids, all_ids, all_owners, torch.from_numpy(known).to(device))
-        positive = first + torch.arange(num_queries, device=device)
-        result = info_nce(query, documents, positive, excluded, settings.temperature)
-        losses = result.losses
-        if settings.symmetric:
-            losses = 0.5 * (losses + self._reverse_losses(batch, query, document[:num_queries], store))
-        report = self._report(batch, result, positive, excluded, first)
-        report.means["loss"] = (losses.detach().sum().item(), num_queries)
-        return losses.sum(), torch.tensor(num_queries, dtype=torch.int32, device=device), report
+        def settle(embeddings: list[Tensor]) -> None:
+            """Once all of this rank's embeddings are there."""
+            used = [e.detach()[:count] for e, count in zip(embeddings, step.num_embedded, strict=True)]
+            settled.append(self.settle(step, torch.cat(used)))
 
-    def _reverse_losses(self, batch: PairBatch, query: Tensor, positive_document: Tensor, store: PairStore) -> Tensor:
-        """[q] losses of finding each positive's query among the queries of all ranks."""
-        group, device = self.setup.context.dp_group, query.device
-        sizes = gather_sizes(len(query), group, device)
-        queries = gather_with_gradient(query, sizes, group, sum_gradients=True)  # [Q, h]
-        all_ids, all_rows = gather_rows(torch.stack([batch.query_ids, batch.rows], 1), sizes, group).unbind(1)
-        own_ids = batch.document_ids[: len(query)]
-        known = known_positives(store, all_rows.cpu().numpy(), own_ids.cpu().numpy()).T  # [Q, q] -> [q, Q]
-        excluded = excluded_documents(
-            own_ids, all_ids, torch.full_like(all_ids, -1), torch.from_numpy(known).to(device)
-        )
-        excluded |= batch.query_ids[:, None] == all_ids[None, :]  # another row with the same query text
-        first = sum(sizes[: self.setup.context.dp_rank])
-        positive = first + torch.arange(len(query), device=device)
-        return info_nce(
-            positive_document, queries, positive, excluded, self.setup.config.contrastive.temperature
-        ).losses
+        if len(step.micro_batches) > 1:
+            with torch.no_grad():
+                embeddings = self._schedule(chunks, step, None)
+            if self.setup.context.is_last_stage:
+                settle(embeddings)
 
-    def _scored_loss(self, batch: PairBatch, embeddings: Tensor) -> tuple[Tensor, Tensor, StepReport]:
-        """CoSENT over the pairs of all ranks: every rank computes the whole loss, and sends back its own pairs' gradient."""
-        context = self.setup.context
-        num_pairs, device = len(batch.query_ids), embeddings.device
-        query, document = embeddings.split([num_pairs, len(batch.document_ids)])
-        similarity = (query * document).sum(dim=-1)  # [q]
-        sizes = gather_sizes(num_pairs, context.dp_group, device)
-        everyone = gather_with_gradient(similarity[:, None], sizes, context.dp_group, sum_gradients=False)[:, 0]
-        scores = gather_rows(batch.scores, sizes, context.dp_group)
-        loss = cosent(everyone, scores, self.setup.config.contrastive.cosent_temperature)
-        report = StepReport(
-            means={"loss": (loss.item() * num_pairs, num_pairs)}, totals={"tokens": float(_count_tokens(batch))}
-        )
-        # summed over ranks and divided by the global number of pairs, this is the gradient of `loss`
-        return loss * len(everyone), torch.tensor(num_pairs, dtype=torch.int32, device=device), report
+        def loss(index: int, embeddings: Tensor) -> tuple[Tensor, Tensor, StepReport]:
+            if not settled:
+                settle([embeddings])
+            gradient = settled[0].gradient.split(step.num_embedded)[index]
+            surrogate = (embeddings[: step.num_embedded[index]] * gradient).sum()
+            num_rows = self._num_own_rows(step) if index == 0 else 0
+            count = torch.tensor(num_rows, dtype=torch.int32, device=embeddings.device)
+            return surrogate, count, StepReport()
 
-    def _report(self, batch: PairBatch, result: InfoNCE, positive: Tensor, excluded: Tensor, first: int) -> StepReport:
-        """Metrics of this rank's queries; updates the negatives table with the similarities the loss has anyway."""
-        num_queries = len(batch.query_ids)
-        similarities = result.similarities
-        own_positive = similarities.gather(1, positive[:, None])
-        hard = torch.arange(num_queries, len(batch.document_ids), device=similarities.device)
-        hard_similarity = similarities[batch.document_query[hard], first + hard]
-        if self.setup.config.contrastive.num_hard_negatives:
-            negative = (hard_similarity.sum().item(), len(hard))
-        else:
-            others = ~excluded
-            others[torch.arange(num_queries, device=others.device), positive] = False
-            negative = (similarities[others].sum().item(), int(others.sum().item()))
-        report = StepReport(
-            means={
-                "in_batch_accuracy": (float(result.correct.sum().item()), num_queries),
-                "positive_similarity": (own_positive.sum().item(), num_queries),
-                "negative_similarity": negative,
-            },
-            totals={"tokens": float(_count_tokens(batch))},
-        )
-        table = self.data.negatives.get(batch.source)
-        mining = self.setup.config.mining
-        if table is not None and mining is not None and mining.dynamic:
-            rows = batch.rows[batch.document_query[hard]]
-            replaced = table.update(
-                rows.cpu().numpy(), batch.slots[hard].cpu().numpy(), hard_similarity.cpu().numpy(), self.setup.context
-            )
+        self._schedule(chunks, step, loss)
+        replaced = self._update_negatives(step.batches[0], settled)
+        if not settled:
+            return []
+        report = settled[0].report
+        if replaced is not None:
             report.means["negatives_replaced"] = (float(replaced), 1)  # the same on every rank: a mean, not a total
-        return report
+        return [report]
+
+    def _schedule(self, chunks: list[DistributedDataParallel], step: PairStep, loss: object | None) -> list[Tensor]:
+        """One pass over the micro-batches: forward only without a loss."""
+
+        def forward_step(
+            batches: Iterator[tuple[int, PackedTexts]], model: torch.nn.Module
+        ) -> tuple[Tensor, LossFunction | None]:
+            index, batch = next(batches)
+            embeddings = model(batch.tokens, batch.sequences, prompt_lengths=batch.prompt_lengths)
+            return embeddings, None if loss is None else lambda output: loss(index, output)  # type: ignore[operator]
+
+        return run_schedule(
+            chunks,
+            forward_step,
+            list(enumerate(step.micro_batches)),
+            seq_length=step.micro_batches[0].tokens.shape[1],
+            micro_batch_size=1,
+            forward_only=loss is None,
+        )
+
+    def settle(self, step: PairStep, own: Tensor) -> Settled:
+        """The loss of this rank's rows, and the whole loss's derivative with respect to this rank's embeddings.
+
+        All data-parallel ranks (of the last pipeline stage) must call.
+
+        Args:
+            step: the global batch.
+            own: [m, e] fp32 embeddings of this rank's texts, in the order of its micro-batches.
+        """
+        context, settings = self.setup.context, self.setup.config.contrastive
+        place = torch.from_numpy(step.gathered).to(own.device)
+        gathered = gather_rows(own, step.sizes, context.dp_group)
+        texts = torch.empty_like(gathered).index_copy_(0, place, gathered).requires_grad_()  # [n, e], as counted
+        report = StepReport()
+        main, *beside = step.batches
+        num_rows = len(main.rows)
+        total = getattr(settings.task_weights, main.task) * self._loss_sum(
+            main, texts[: main.num_texts], num_rows, report
+        )
+        for scored in beside:
+            assert settings.batch_balance is not None
+            weight = settings.batch_balance.weight * settings.task_weights.sts
+            total = total + weight * self._loss_sum(scored, texts[main.num_texts :], num_rows, report)
+        (gradient,) = torch.autograd.grad(total, texts)
+        report.means["loss"] = (total.item(), self._num_own_rows(step))
+        query, document = texts.detach()[: main.num_texts].split([len(main.query_ids), len(main.document_ids)])
+        self._report_batch(step, query, report)
+        own_gradient = return_gradient(gradient.index_select(0, place), step.sizes, context.dp_group)
+        return Settled(own_gradient, report, _mined_similarity(main, query, document))
+
+    def _loss_sum(self, batch: PairBatch, texts: Tensor, num_rows: int, report: StepReport) -> Tensor:
+        """This rank's part of N x the loss of one source's rows, N = `num_rows`, summed over Matryoshka sizes.
+
+        The parts of all ranks add up to the whole.
+        """
+        settings, context = self.setup.config.contrastive, self.setup.context
+        begin, end = own_rows(batch, context.dp_rank, context.dp_size)
+        relations = None if batch.task == "sts" else row_relations(batch, begin, end, texts.device)
+        whole = texts.shape[1]
+        dims = settings.matryoshka_dims or [whole]
+        dim_weights = settings.matryoshka_weights or [1.0] * len(dims)
+        total = texts.new_zeros(())
+        for dim, weight in zip(dims, dim_weights, strict=True):
+            cut = truncate(texts, dim)
+            query, document = cut.split([len(batch.query_ids), len(batch.document_ids)])
+            side = _Side(query, document)
+            if relations is None:
+                # every rank computes the whole loss; a share of it each makes the whole
+                loss = self._scored_loss(batch, side) * num_rows / context.dp_size
+            else:
+                seen = report if dim == max(dims) else None
+                loss = self._retrieval_losses(relations, side, seen).sum()
+            total = total + weight * loss
+        count = num_rows / context.dp_size if relations is None else end - begin
+        report.means[f"loss_{batch.task}"] = (total.item(), count)
+        return total
+
+    def _retrieval_losses(self, relations: RowRelations, side: _Side, report: StepReport | None) -> Tensor:
+        """[q] InfoNCE."""
+        settings = self.setup.config.contrastive
+        query = side.query.index_select(0, relations.row_query)  # [q, e]
+        positive = side.document.index_select(0, relations.positive_document)  # [p, e]
+        positive_similarity = (query.index_select(0, relations.positive_row) * positive).sum(-1)
+        hard_similarity = None
+        if len(relations.negative_row):
+            hard = side.document.index_select(0, relations.negative_document)
+            hard_similarity = (query.index_select(0, relations.negative_row) * hard).sum(-1)
+        banks, own = [], None
+        if "documents" in settings.in_batch_negatives:
+            banks.append(Bank(query, side.document, relations.documents))
+        elif hard_similarity is not None:
+            own = OwnNegatives(relations.negative_row, hard_similarity)
+        if "queries" in settings.in_batch_negatives:
+            banks.append(Bank(query, side.query, relations.queries))
+        if "same_side" in settings.in_batch_negatives:
+            first = side.document.index_select(0, relations.first_positive)
+            banks.append(Bank(first, side.document, relations.documents))
+        loss = info_nce_loss(
+            relations.positive_row,
+            positive_similarity,
+            relations.num_rows,
+            banks,
+            temperature=settings.temperature,
+            own=own,
+            margin=settings.false_negative_margin,
+        )
+        losses = loss.losses
+        if settings.symmetric:
+            losses = 0.5 * (losses + self._reverse_losses(relations, positive, positive_similarity, side.query))
+        if report is not None:
+            _report_retrieval(report, loss, positive_similarity, hard_similarity)
+        return losses
+
+    def _reverse_losses(
+        self, relations: RowRelations, positive: Tensor, positive_similarity: Tensor, query: Tensor
+    ) -> Tensor:
+        """[q] loss of finding the query of each positive among the queries of all ranks; mean over a row's positives."""
+        settings = self.setup.config.contrastive
+        num_positives = len(positive)
+        losses = info_nce_loss(
+            torch.arange(num_positives, device=positive.device),
+            positive_similarity,
+            num_positives,
+            [Bank(positive, query, relations.positives)],
+            temperature=settings.temperature,
+            margin=settings.false_negative_margin,
+        ).losses
+        counts = torch.bincount(relations.positive_row, minlength=relations.num_rows)
+        shares = losses / counts[relations.positive_row]
+        return torch.zeros_like(counts, dtype=losses.dtype).index_add(0, relations.positive_row, shares)
+
+    def _scored_loss(self, batch: PairBatch, side: _Side) -> Tensor:
+        """CoSENT over the pairs of all ranks."""
+        row_query = torch.from_numpy(batch.row_query).to(side.query.device)
+        document = torch.from_numpy(batch.positive[1]).to(side.query.device)
+        similarity = (side.query.index_select(0, row_query) * side.document.index_select(0, document)).sum(-1)  # [q]
+        scores = torch.from_numpy(batch.scores).to(similarity.device)
+        return cosent(similarity, scores, self.setup.config.contrastive.cosent_temperature)
+
+    def _num_own_rows(self, step: PairStep) -> int:
+        begin, end = own_rows(step.batches[0], self.setup.context.dp_rank, self.setup.context.dp_size)
+        return end - begin
+
+    def _update_negatives(self, batch: PairBatch, settled: list[Settled]) -> int | None:
+        """Let the similarities of the loss replace mined negatives, alike on all ranks. Returns how many were."""
+        table, mining, context = self.data.negatives.get(batch.store.name), self.setup.config.mining, self.setup.context
+        if table is None or mining is None or not mining.dynamic:
+            return None
+        mined = batch.slots >= 0
+        similarity = torch.empty(int(mined.sum()), dtype=torch.float32, device=context.device)
+        if settled:
+            similarity = settled[0].mined_similarity
+        if context.world_size > 1:  # one rank of the last pipeline stage speaks for all, so that not one bit differs
+            source = context.world_size // context.pp_size * (context.pp_size - 1)
+            dist.broadcast(similarity, source, group=context.world_group)
+        rows = batch.rows[batch.negative[0, mined]]
+        return table.apply_updates(rows, batch.slots[mined], similarity.cpu().numpy())
+
+    def _report_batch(self, step: PairStep, query: Tensor, report: StepReport) -> None:
+        """Spread of the queries (all [a, e] of the main batch), and what the texts of this rank cost."""
+        context = self.setup.context
+        rows = query[:UNIFORMITY_ROWS]
+        begin, end = (len(rows) * (context.dp_rank + i) // context.dp_size for i in (0, 1))
+        report.log_means["uniformity"] = uniformity_sum(rows[begin:end], rows, begin)
+        computed = sum(batch.tokens.numel() for batch in step.micro_batches)
+        attended = sum(len(batch.sequences.to_padded) for batch in step.micro_batches)
+        report.totals["tokens"] = float(step.num_tokens)
+        report.means["wasted_tokens"] = (computed - step.num_tokens, computed)
+        report.means["attention_padding"] = (attended - step.num_tokens, attended)
+        report.means["truncated_texts"] = (step.num_truncated, sum(step.num_embedded))
 
 
-def _count_tokens(batch: PairBatch) -> int:
-    return int(batch.query.lengths.sum().item() + batch.document.lengths.sum().item())
+def _mined_similarity(batch: PairBatch, query: Tensor, document: Tensor) -> Tensor:
+    """[mined negatives] cosine of each mined negative of the batch with its query."""
+    row, place = batch.negative[:, batch.slots >= 0]
+    own, other = (torch.from_numpy(index).to(query.device) for index in (batch.row_query[row], place))
+    return (query.index_select(0, own) * document.index_select(0, other)).sum(-1)
+
+
+def _report_retrieval(
+    report: StepReport, loss: ContrastiveLoss, positive_similarity: Tensor, hard_similarity: Tensor | None
+) -> None:
+    """Metrics of this rank's rows."""
+    num_rows, num_positives = len(loss.losses), len(positive_similarity)
+    num_negatives = int(loss.num_negatives.sum().item())
+    positive = positive_similarity.detach()
+    report.means |= {
+        "in_batch_accuracy": (float(loss.correct.sum().item()), num_rows),
+        "positive_similarity": (positive.sum().item(), num_positives),
+        "negative_similarity": (loss.negative_total.sum().item(), num_negatives),
+        "alignment": (alignment(positive).sum().item(), num_positives),
+        "negatives_per_query": (float(num_negatives), num_rows),
+        "masked_negatives": (float(loss.num_masked.sum().item()), num_rows),
+    }
+    if hard_similarity is not None:
+        report.means["hard_negative_similarity"] = (hard_similarity.detach().sum().item(), len(hard_similarity))

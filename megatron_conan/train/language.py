@@ -6,17 +6,21 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
+from megatron_conan.config import RunConfig
 from megatron_conan.data.batch import LMBatch
 from megatron_conan.data.packed_lm import build_lm_dataset, lm_batch
 from megatron_conan.data.pairs import PairStore
 from megatron_conan.data.sampler import SourceSchedule, dp_slice, sample_indices
 from megatron_conan.data.sft import SFTDataset, sft_batch
 from megatron_conan.loss.lm import masked_sum
+from megatron_conan.train.pair_data import source_weights
 from megatron_conan.train.setup import Setup
-from megatron_conan.train.step import LossFunction, StepReport
+from megatron_conan.train.step import LossFunction, StepReport, run_schedule
 
 
 class PackedDocuments:
@@ -28,7 +32,7 @@ class PackedDocuments:
         self.setup, self.batch_size = setup, config.train.global_batch_size
         self.dataset = build_lm_dataset(
             [source.prefix for source in config.data.sources],
-            [source.weight for source in config.data.sources],
+            _weights(config),
             seq_length=config.seq_length,
             num_samples=config.train.steps * self.batch_size,
             seed=config.train.seed,
@@ -36,13 +40,11 @@ class PackedDocuments:
             cache_dir=config.run_dir / "index_cache",
         )
 
-    def micro_batches(self, step: int) -> list[LMBatch]:
+    def batch(self, step: int) -> list[LMBatch]:
         """This rank's micro-batches of step `step` (from 1)."""
         start = (step - 1) * self.batch_size
-        indices = torch.arange(start, start + self.batch_size).numpy()
-        context = self.setup.context
-        parts = dp_slice(indices, context.dp_rank, context.dp_size, self.setup.config.train.micro_batch_size)
-        return [lm_batch(self.dataset, part).to(context.device) for part in parts]
+        parts = _micro_batches(np.arange(start, start + self.batch_size), self.setup)
+        return [lm_batch(self.dataset, part).to(self.setup.context.device) for part in parts]
 
 
 class Instructions:
@@ -54,24 +56,51 @@ class Instructions:
         self.setup = setup
         stores = [PairStore(source.prefix, setup.tokenizer) for source in config.data.sources]
         self.datasets = [SFTDataset(store, setup.tokenizer, config.seq_length) for store in stores]
-        weights = [source.weight for source in config.data.sources]
-        self.schedule = SourceSchedule([len(dataset) for dataset in self.datasets], weights, seed=config.train.seed)
+        sizes = [len(dataset) for dataset in self.datasets]
+        self.schedule = SourceSchedule(sizes, _weights(config), seed=config.train.seed)
 
-    def micro_batches(self, step: int) -> list[LMBatch]:
+    def batch(self, step: int) -> list[LMBatch]:
         """This rank's micro-batches of step `step` (from 1)."""
-        config, context = self.setup.config, self.setup.context
+        train = self.setup.config.train
         dataset = self.datasets[self.schedule.source_at(step - 1)]
-        size = config.train.global_batch_size
-        start = self.schedule.batches_before(step - 1) * size
-        rows = sample_indices(len(dataset), config.train.seed, start, size)
-        parts = dp_slice(rows, context.dp_rank, context.dp_size, config.train.micro_batch_size)
-        return [sft_batch(dataset, part).to(context.device) for part in parts]
+        start = self.schedule.batches_before(step - 1) * train.global_batch_size
+        rows = sample_indices(len(dataset), train.seed, start, train.global_batch_size)
+        parts = _micro_batches(rows, self.setup)
+        return [sft_batch(dataset, part).to(self.setup.context.device) for part in parts]
 
 
-def forward_step(batches: Iterator[LMBatch], model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
+class LanguageModelling:
+    """Next-token prediction through megatron-core's schedule."""
+
+    def __init__(self, config: RunConfig) -> None:
+        """`config` gives the sizes of a micro-batch."""
+        self.config = config
+
+    def forward_backward(self, chunks: list[DistributedDataParallel], micro_batches: list[LMBatch]) -> list[StepReport]:
+        """Accumulate the gradients of a step. All ranks must call. Returns the micro-batches' reports (last stage)."""
+        size = self.config.train.micro_batch_size
+        assert size is not None
+        return run_schedule(
+            chunks, _forward_step, micro_batches, seq_length=self.config.seq_length, micro_batch_size=size
+        )
+
+
+def _forward_step(batches: Iterator[LMBatch], model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
     """Causal attention with padding on the right needs no padding mask: no valid position sees it."""
     batch = next(batches)
     return model(batch.tokens, labels=batch.labels), partial(_loss, batch)
+
+
+def _micro_batches(indices: np.ndarray, setup: Setup) -> list[np.ndarray]:
+    """This rank's share of a global batch's samples."""
+    size = setup.config.train.micro_batch_size
+    assert size is not None
+    return dp_slice(indices, setup.context.dp_rank, setup.context.dp_size, size)
+
+
+def _weights(config: RunConfig) -> list[float]:
+    """The sources' weights; all alike if none is given."""
+    return source_weights(config.data.sources) or [1.0] * len(config.data.sources)
 
 
 def _loss(batch: LMBatch, losses: Tensor) -> tuple[Tensor, Tensor, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 from megatron.core.distributed import DistributedDataParallel
@@ -24,7 +25,7 @@ from megatron_conan.train.optim import build_optimizer, wrap_for_training
 from megatron_conan.train.run_folder import latest_checkpoint, open_run_folder
 from megatron_conan.train.setup import Setup
 from megatron_conan.train.stages import STAGES, StageParts
-from megatron_conan.train.step import BatchShape, train_step
+from megatron_conan.train.step import train_step
 
 
 class Hook(Protocol):
@@ -122,13 +123,11 @@ def one_step(trainer: Trainer) -> dict[str, float]:
     for hook in trainer.hooks.values():
         hook_values.update(hook.before_step(trainer, step))
     started = time.monotonic()
-    micro_batches = trainer.parts.data.micro_batches(step)
+    batch = trainer.parts.data.batch(step)
     data_seconds = time.monotonic() - started
     trainer.scheduler.step(1)
-    shape = BatchShape(setup.config.seq_length, setup.config.train.micro_batch_size)
-    values = train_step(
-        trainer.chunks, trainer.optimizer, trainer.parts.forward_step, micro_batches, shape, setup.context
-    )
+    forward_backward = partial(trainer.parts.forward_backward, trainer.chunks, batch)
+    values = train_step(trainer.chunks, trainer.optimizer, forward_backward, setup.context)
     trainer.step = step
     seconds = time.monotonic() - started
     timing = {
@@ -152,6 +151,7 @@ def _save_if_due(trainer: Trainer) -> None:
         "alpha": trainer.soft_mask.value,
         "soft_mask_form": config.soft_mask.form,
         "model": shape_fields(config),
+        "projection_dim": config.pooling.projection_dim,
         "tokenizer_sha256": trainer.setup.tokenizer.sha256,
         "hooks": {name: hook.state(trainer, step) for name, hook in trainer.hooks.items()},
     }

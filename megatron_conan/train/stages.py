@@ -6,18 +6,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from megatron.core.distributed import DistributedDataParallel
+
 from megatron_conan.model.conan import Head
 from megatron_conan.train import language
-from megatron_conan.train.contrastive import Objective, Pairs
+from megatron_conan.train.contrastive import Contrastive
+from megatron_conan.train.pair_data import Pairs
 from megatron_conan.train.setup import Setup
-from megatron_conan.train.step import ForwardStep
+from megatron_conan.train.step import StepReport
 
 
 class StageData(Protocol):
-    """Where a step's batches come from."""
+    """Where a step's data come from."""
 
-    def micro_batches(self, step: int) -> list[Any]:
-        """This rank's micro-batches of step `step` (from 1); a pure function of the config, the step, and mining."""
+    def batch(self, step: int) -> Any:
+        """This rank's share of step `step` (from 1); a pure function of the config, the step, and mining."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,8 @@ class StageParts:
     """A stage, built for one run."""
 
     data: StageData
-    forward_step: ForwardStep
+    forward_backward: Callable[[list[DistributedDataParallel], Any], list[StepReport]]
+    """Accumulates the gradients of what `data.batch` gave."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +42,16 @@ class Stage:
 
 def _contrastive_parts(setup: Setup) -> StageParts:
     data = Pairs(setup)
-    return StageParts(data, Objective(setup, data).forward_step)
+    return StageParts(data, Contrastive(setup, data).forward_backward)
+
+
+def _language_parts(data: language.PackedDocuments | language.Instructions) -> StageParts:
+    return StageParts(data, language.LanguageModelling(data.setup.config).forward_backward)
 
 
 STAGES: dict[str, Stage] = {
-    "pretrain": Stage("lm", lambda setup: StageParts(language.PackedDocuments(setup), language.forward_step)),
-    "sft": Stage("lm", lambda setup: StageParts(language.Instructions(setup), language.forward_step)),
+    "pretrain": Stage("lm", lambda setup: _language_parts(language.PackedDocuments(setup))),
+    "sft": Stage("lm", lambda setup: _language_parts(language.Instructions(setup))),
     "weak": Stage("embedding", _contrastive_parts),
     "finetune": Stage("embedding", _contrastive_parts),
 }

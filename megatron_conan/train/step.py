@@ -1,6 +1,6 @@
 """One optimizer step through megatron-core's schedule, and one forward pass that embeds texts.
 
-Shapes: `b` micro-batch, `s` sequence, `n` texts, `h` hidden.
+Shapes: `b` micro-batch, `s` sequence, `n` texts, `h` hidden, `e` embedding dim.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_conan.data.batch import TextBatch
 from megatron_conan.parallel.context import ParallelContext
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, "StepReport"]]
-ForwardStep = Callable[[Iterator[Any], torch.nn.Module], tuple[Tensor, LossFunction]]
+ForwardStep = Callable[[Iterator[Any], torch.nn.Module], tuple[Tensor, LossFunction | None]]
 
 
 @dataclass
@@ -33,25 +33,56 @@ class StepReport:
     """name -> (sum, count): reported as sum / count over the global batch."""
     totals: dict[str, float] = field(default_factory=dict)
     """name -> sum over the global batch."""
+    log_means: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """name -> (sum, count): reported as log(sum / count) over the global batch."""
 
 
-@dataclass(frozen=True)
-class BatchShape:
-    """What the pipeline schedule must know to receive activations."""
+def run_schedule(
+    chunks: list[DistributedDataParallel],
+    forward_step: ForwardStep,
+    micro_batches: Sequence[Any],
+    *,
+    seq_length: int,
+    micro_batch_size: int,
+    forward_only: bool = False,
+) -> list[Any]:
+    """One pass over the micro-batches through megatron-core's schedule. All ranks must call.
 
-    seq_length: int
-    micro_batch_size: int
+    Args:
+        chunks: this rank's model chunks.
+        forward_step: gives a micro-batch's output and the function that makes a loss of it (None: the output is kept).
+        micro_batches: this rank's.
+        seq_length: s of the activations [s, b, h] between pipeline stages.
+        micro_batch_size: b of the same.
+        forward_only: no backward pass.
+
+    Returns:
+        On the last pipeline stage what each micro-batch left: its report, or its output.
+    """
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[iter(micro_batches) for _ in chunks],
+        model=chunks,
+        num_microbatches=len(micro_batches),
+        seq_length=seq_length,
+        micro_batch_size=micro_batch_size,
+        forward_only=forward_only,
+    )
 
 
 def train_step(
     chunks: list[DistributedDataParallel],
     optimizer: MegatronOptimizer,
-    forward_step: ForwardStep,
-    micro_batches: Sequence[Any],
-    shape: BatchShape,
+    forward_backward: Callable[[], list[StepReport]],
     context: ParallelContext,
 ) -> dict[str, float]:
     """Forward, backward and update over one global batch. All ranks must call.
+
+    Args:
+        chunks: this rank's model chunks.
+        optimizer: their optimizer.
+        forward_backward: accumulates the gradients of the batch.
+        context: this rank's place.
 
     Returns:
         Means and totals over the global batch by name, and `grad_norm` (before clipping); equal on all ranks.
@@ -62,16 +93,7 @@ def train_step(
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    reports = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=[iter(micro_batches) for _ in chunks],
-        model=chunks,
-        num_microbatches=len(micro_batches),
-        seq_length=shape.seq_length,
-        micro_batch_size=shape.micro_batch_size,
-        forward_only=False,
-    )
-    values = reduce_reports(reports, context)
+    values = reduce_reports(forward_backward(), context)
     if not math.isfinite(values["loss"]):
         raise FloatingPointError(f"the loss is {values['loss']}; lower optimizer.lr or look at the data of this step")
     _, grad_norm, _ = optimizer.step()
@@ -87,9 +109,10 @@ def reduce_reports(reports: Sequence[StepReport], context: ParallelContext) -> d
     """Add up the micro-batches' reports over data-parallel ranks. All ranks must call; only the last stage has any."""
     values: dict[str, float] = {}
     if context.is_last_stage:
-        means = sorted({name for report in reports for name in report.means})
+        means = sorted({name for report in reports for name in report.means | report.log_means})
         totals = sorted({name for report in reports for name in report.totals})
-        pairs = [[report.means.get(name, (0.0, 0.0)) for report in reports] for name in means]
+        logs = {name for report in reports for name in report.log_means}
+        pairs = [[(report.means | report.log_means).get(name, (0.0, 0.0)) for report in reports] for name in means]
         sums = [float(sum(value)) for pair in pairs for value in zip(*pair, strict=True)]
         sums += [sum(report.totals.get(name, 0.0) for report in reports) for name in totals]
         reduced = torch.tensor(sums, dtype=torch.float64, device=context.device)
@@ -98,7 +121,8 @@ def reduce_reports(reports: Sequence[StepReport], context: ParallelContext) -> d
         numbers = reduced.tolist()
         for i, name in enumerate(means):
             if numbers[2 * i + 1] > 0:
-                values[name] = numbers[2 * i] / numbers[2 * i + 1]
+                mean = numbers[2 * i] / numbers[2 * i + 1]
+                values[name] = math.log(mean) if name in logs else mean
         values.update(zip(totals, numbers[2 * len(means) :], strict=True))
     if context.pp_size > 1:
         assert context.pp_group is not None
@@ -121,28 +145,27 @@ def embed_texts(chunks: list[DistributedDataParallel], batch: TextBatch, context
         context: this rank's place.
 
     Returns:
-        [n, h] fp32, unit length, the same on every tensor and pipeline rank.
+        [n, e] fp32, unit length, the same on every tensor and pipeline rank.
     """
     if context.pp_size == 1:
-        return chunks[0](batch.tokens, batch.lengths, embed=True)
+        return chunks[0](batch.tokens, batch.lengths, embed=True, prompt_lengths=batch.prompt_length)
 
     def forward_step(_: Any, model: torch.nn.Module) -> tuple[Tensor, None]:
-        return model(batch.tokens, batch.lengths, embed=True), None
+        return model(batch.tokens, batch.lengths, embed=True, prompt_lengths=batch.prompt_length), None
 
-    outputs = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=None,
-        model=chunks,
-        num_microbatches=1,
+    outputs = run_schedule(
+        chunks,
+        forward_step,
+        [None],
         seq_length=batch.tokens.shape[1],
         micro_batch_size=batch.tokens.shape[0],
         forward_only=True,
     )
-    n, h = batch.tokens.shape[0], chunks[0].config.hidden_size
+    n, e = batch.tokens.shape[0], chunks[0].get_submodule("module").embedding_dim
     if context.is_last_stage:
         embeddings = outputs[0].contiguous()
     else:
-        embeddings = torch.empty((n, h), dtype=torch.float32, device=context.device)
+        embeddings = torch.empty((n, e), dtype=torch.float32, device=context.device)
     assert context.pp_group is not None
     dist.broadcast(embeddings, src=dist.get_process_group_ranks(context.pp_group)[-1], group=context.pp_group)
     return embeddings
