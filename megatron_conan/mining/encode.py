@@ -73,6 +73,7 @@ def encode_corpus(
     max_tokens: int,
     pad_id: int,
     pad_multiple: int = 8,
+    prompt_length: int = 0,
     progress: str = "",
 ) -> EmbeddedTexts:
     """Embed every text once; each rank of the world ends with a disjoint part of the rows.
@@ -88,6 +89,7 @@ def encode_corpus(
         ids: [N] int64 text ids, the same on all ranks.
         lengths: [N] tokens of every formatted sequence, in the order of ids.
         max_tokens: most padded tokens of a batch.
+        prompt_length: tokens of the prompt that all sequences begin with.
         progress: what the progress line on rank 0's stderr calls the work; empty for none.
     """
     if len(ids) != len(lengths):
@@ -102,7 +104,8 @@ def encode_corpus(
     for positions in batches:
         batch_ids = ids[positions]
         texts = [sequences(int(text_id)) for text_id in batch_ids]
-        embeddings = _embed_batch(embed, texts, context.device, pad_id, pad_multiple)
+        batch = collate_texts(texts, pad_id, pad_multiple, prompt_length)
+        embeddings = _embed_batch(embed, batch.to(context.device))
         keep = slice((model_rank - num_rows) % model_size, None, model_size)
         kept_ids.append(batch_ids[keep])
         kept_rows.append(embeddings[keep].float().cpu().numpy())
@@ -122,6 +125,7 @@ def encode_texts(
     max_tokens: int,
     pad_id: int,
     pad_multiple: int = 8,
+    prompt_length: int = 0,
     progress: str = "",
 ) -> np.ndarray:
     """Embed texts and give every rank all of them, in input order: [len(sequences), e] float32 ([0, 0] for none).
@@ -138,6 +142,7 @@ def encode_texts(
         max_tokens=max_tokens,
         pad_id=pad_id,
         pad_multiple=pad_multiple,
+        prompt_length=prompt_length,
         progress=progress,
     )
     shapes = gather_counts(part.embeddings.shape, context.world_group, context.world_size, context.device)
@@ -150,13 +155,11 @@ def encode_texts(
     return result
 
 
-def _embed_batch(
-    embed: Embed, texts: list[np.ndarray], device: torch.device, pad_id: int, pad_multiple: int
-) -> torch.Tensor:
+def _embed_batch(embed: Embed, batch: TextBatch) -> torch.Tensor:
     with torch.no_grad():
-        embeddings = embed(collate_texts(texts, pad_id, pad_multiple).to(device))
-    if embeddings.dim() != 2 or len(embeddings) != len(texts):
-        raise ValueError(f"embed returned shape {tuple(embeddings.shape)} for {len(texts)} texts")
+        embeddings = embed(batch)
+    if embeddings.dim() != 2 or len(embeddings) != len(batch.lengths):
+        raise ValueError(f"embed returned shape {tuple(embeddings.shape)} for {len(batch.lengths)} texts")
     return embeddings
 
 

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from megatron_conan.data.format import format_text
+from megatron_conan.data.format import Formatter, TextKind
 from megatron_conan.data.pairs import PairStore
 from megatron_conan.data.tokenizer import Tokenizer
 from megatron_conan.mining.encode import Embed, encode_corpus
@@ -26,21 +26,22 @@ __all__ = ["CorpusFingerprint", "MiningReport", "MiningSettings", "NegativesTabl
 
 @dataclass(frozen=True)
 class MiningSettings:
-    """How a source is mined; the lengths are those of training."""
+    """How a source is mined; prompts and lengths are those of training."""
 
     selection: SelectionSettings
+    formatter: Formatter
     num_negatives: int
     """Negatives a query has in use."""
-    max_query_length: int
-    """Tokens, EOS included."""
-    max_document_length: int
-    """Tokens, EOS included."""
     max_tokens: int
     """Padded tokens of one encoding batch."""
     pad_multiple: int = 8
     """What padded lengths are rounded up to."""
     rule: SwapRule | None = None
     """When single negatives are replaced between two minings; None for the published thresholds."""
+    query_prompt: str | None = None
+    """Name of the prompt before queries."""
+    document_prompt: str | None = None
+    """Name of the prompt before documents."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,8 @@ def remine(
             f"{store.name} has {store.num_rows} rows and {len(store.corpus_ids)} documents; nothing can be mined"
         )
     queries = _distinct_queries(store)
-    index = ShardedIndex(*_encode(store, embed, context, tokenizer, settings, store.corpus_ids, False), context)
-    local_ids, local_embeddings = _encode(store, embed, context, tokenizer, settings, queries.ids, True)
+    index = ShardedIndex(*_encode(store, embed, context, tokenizer, settings, store.corpus_ids, "document"), context)
+    local_ids, local_embeddings = _encode(store, embed, context, tokenizer, settings, queries.ids, "query")
     local = np.searchsorted(queries.ids, local_ids)  # [m]
     positives = [queries.positives[i] for i in local]
     lowest = _lowest_positive_scores(store, index, local_embeddings, positives, context)
@@ -191,21 +192,22 @@ def _encode(
     tokenizer: Tokenizer,
     settings: MiningSettings,
     ids: np.ndarray,
-    are_queries: bool,
+    kind: TextKind,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Embed texts in the way training formats them. Returns this rank's (ids [m], embeddings [m, e])."""
-    max_length = settings.max_query_length if are_queries else settings.max_document_length
-    lengths = np.minimum(store.lengths[ids].astype(np.int64) + 1, max_length)  # EOS
+    formatter = settings.formatter
+    prompt = settings.query_prompt if kind == "query" else settings.document_prompt
     part = encode_corpus(
         embed,
-        lambda text_id: format_text(store.tokens(text_id), max_length, tokenizer.eos_id),
+        lambda text_id: formatter.format(store.tokens(text_id), kind, prompt),
         ids,
-        lengths,
+        formatter.lengths(store.lengths[ids], kind, prompt),
         context,
         max_tokens=settings.max_tokens,
         pad_id=tokenizer.pad_id,
         pad_multiple=settings.pad_multiple,
-        progress=f"mining {store.name}: {'queries' if are_queries else 'documents'}",
+        prompt_length=len(formatter.prompt_tokens(prompt)),
+        progress=f"mining {store.name}: {'queries' if kind == 'query' else 'documents'}",
     )
     return part.ids, part.embeddings
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_conan.config.tree import MiningConfig
 from megatron_conan.data.batch import TextBatch
+from megatron_conan.data.format import prompt_name
 from megatron_conan.mining.refresh import MiningReport, MiningSettings, fingerprint, remine
 from megatron_conan.mining.select import SelectionSettings
 from megatron_conan.mining.table import NegativesTable, SwapRule
-from megatron_conan.train.contrastive import Pairs
 from megatron_conan.train.loop import Trainer
+from megatron_conan.train.pair_data import Pairs
 from megatron_conan.train.run_folder import write_atomically
 from megatron_conan.train.setup import Setup
 from megatron_conan.train.step import embed_texts, evaluating
@@ -80,9 +81,8 @@ class MiningHook:
                 skip_top=self.mining.skip_top,
                 margin=self.mining.margin,
             ),
+            formatter=self.setup.formatter,
             num_negatives=config.contrastive.num_hard_negatives,
-            max_query_length=config.max_query_length,
-            max_document_length=config.max_document_length,
             max_tokens=self.mining.max_tokens,
             pad_multiple=data.pad_multiple,
             rule=swap_rule(self.mining),
@@ -90,6 +90,12 @@ class MiningHook:
         for store in data.stores:
             if store.task != "retrieval":
                 continue
+            source = data.sources[store.name]
+            settings = replace(
+                settings,
+                query_prompt=prompt_name(store.task, "query", source.query_prompt),
+                document_prompt=prompt_name(store.task, "document", source.document_prompt),
+            )
             with evaluating(trainer.chunks):
                 previous = data.negatives.get(store.name)
                 result = remine(store, embed, context, self.setup.tokenizer, settings, step=step - 1, previous=previous)

@@ -11,7 +11,7 @@ from gloo_pool import WorkerPool
 from test_sharded_search import context_of
 
 from megatron_conan.data.batch import TextBatch
-from megatron_conan.data.format import format_text
+from megatron_conan.data.format import Formatter, TextKind
 from megatron_conan.data.pair_files import preprocess_pairs
 from megatron_conan.data.pairs import PairStore
 from megatron_conan.data.tokenizer import Tokenizer
@@ -21,13 +21,22 @@ from megatron_conan.mining.select import SelectionSettings
 
 LAYOUTS = [(1, 1), (2, 1), (4, 2)]
 WORDS = ["red", "green", "blue", "small", "large", "round", "flat", "hot", "cold", "old", "new", "near", "far", "slow"]
-SETTINGS = MiningSettings(
-    selection=SelectionSettings(pool_size=6, window=40, skip_top=1, margin=0.9),
-    num_negatives=3,
-    max_query_length=20,
-    max_document_length=24,
-    max_tokens=64,
-)
+SELECTION = SelectionSettings(pool_size=6, window=40, skip_top=1, margin=0.9)
+LENGTHS: dict[TextKind, int] = {"query": 20, "document": 24}
+PROMPTS = {"query": "hot or cold:\n", "passage": "old\n"}
+NAMES = {"query": "query", "document": "passage"}
+"""Which prompt a text gets."""
+
+
+def make_settings(tokenizer: Tokenizer, prompts: dict[str, str], selection: SelectionSettings) -> MiningSettings:
+    return MiningSettings(
+        selection=selection,
+        formatter=Formatter(tokenizer, prompts, LENGTHS),
+        num_negatives=3,
+        max_tokens=64,
+        query_prompt=NAMES["query"],
+        document_prompt=NAMES["document"],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -67,16 +76,22 @@ def token_vectors(seed: int) -> torch.Tensor:
 
 
 def embed_with(vectors: torch.Tensor, batch: TextBatch) -> torch.Tensor:
-    """[n, 8]: the sum of the tokens' vectors, padding not counted."""
-    real = torch.arange(batch.tokens.shape[1]) < batch.lengths[:, None]
-    return (vectors[batch.tokens] * real[:, :, None]).sum(1)
+    """[n, 8]: the sum of the tokens' vectors, those behind the prompt counted twice, padding not at all."""
+    place = torch.arange(batch.tokens.shape[1])
+    weight = (place < batch.lengths[:, None]).float() * (1 + (place >= batch.prompt_length))
+    return (vectors[batch.tokens] * weight[:, :, None]).sum(1)
 
 
 def mine_here(
-    data: tuple[Path, Path], world_size: int, tensor_parallel: int, settings: MiningSettings
+    data: tuple[Path, Path],
+    world_size: int,
+    tensor_parallel: int,
+    prompts: dict[str, str] | None = None,
+    selection: SelectionSettings = SELECTION,
 ) -> tuple[MiningResult, MiningResult]:
     """Mine, then mine again with other weights."""
     tokenizer = Tokenizer(data[1])
+    settings = make_settings(tokenizer, prompts or {}, selection)
     store = PairStore(data[0], tokenizer)
     context = context_of(world_size, tensor_parallel)
     results: list[MiningResult] = []
@@ -96,17 +111,19 @@ def mine_here(
     return results[0], results[1]
 
 
-def brute_force(data: tuple[Path, Path], seed: int, settings: MiningSettings) -> tuple[np.ndarray, np.ndarray]:
+def brute_force(data: tuple[Path, Path], seed: int, prompts: dict[str, str]) -> tuple[np.ndarray, np.ndarray]:
     """Pools [R, P] by scoring every document for every row, as the rules are said."""
     tokenizer = Tokenizer(data[1])
     store = PairStore(data[0], tokenizer)
     vectors = token_vectors(seed).numpy()
-    choice = settings.selection
+    choice = SELECTION
 
-    def vector(text_id: int, max_length: int) -> np.ndarray:
-        return vectors[format_text(store.tokens(text_id), max_length, tokenizer.eos_id)].sum(0)
+    def vector(text_id: int, kind: TextKind) -> np.ndarray:
+        prompt = tokenizer.encode(prompts.get(NAMES[kind], ""))
+        body = tokenizer.encode(store.text(text_id))[: LENGTHS[kind] - 1 - len(prompt)]
+        return vectors[prompt].sum(0) + 2 * vectors[[*body, tokenizer.eos_id]].sum(0)
 
-    documents = {int(i): vector(int(i), settings.max_document_length) for i in store.corpus_ids}
+    documents = {int(i): vector(int(i), "document") for i in store.corpus_ids}
     known: dict[int, set[int]] = {}
     for row in range(store.num_rows):
         known.setdefault(store.query(row), {store.query(row)}).update(store.positives(row).tolist())
@@ -114,7 +131,7 @@ def brute_force(data: tuple[Path, Path], seed: int, settings: MiningSettings) ->
     scores = np.full((store.num_rows, choice.pool_size), -np.inf, np.float32)
     for row in range(store.num_rows):
         query = store.query(row)
-        embedding = vector(query, settings.max_query_length)
+        embedding = vector(query, "query")
         ranked = sorted((-float(embedding @ v), i) for i, v in documents.items() if i not in known[query])
         positive = min(float(embedding @ documents[i]) for i in known[query] - {query})
         limit = positive - (1 - choice.margin) * abs(positive)
@@ -124,13 +141,18 @@ def brute_force(data: tuple[Path, Path], seed: int, settings: MiningSettings) ->
     return ids, scores
 
 
+@pytest.mark.parametrize("prompts", [{}, PROMPTS], ids=["no prompts", "prompts"])
 @pytest.mark.parametrize(("world_size", "tensor_parallel"), LAYOUTS)
 def test_tables_equal_brute_force(
-    workers: WorkerPool, data: tuple[Path, Path], world_size: int, tensor_parallel: int
+    workers: WorkerPool,
+    data: tuple[Path, Path],
+    world_size: int,
+    tensor_parallel: int,
+    prompts: dict[str, str],
 ) -> None:
-    results = workers.run(mine_here, world_size, data, world_size, tensor_parallel, SETTINGS)
+    results = workers.run(mine_here, world_size, data, world_size, tensor_parallel, prompts)
     store = PairStore(data[0], Tokenizer(data[1]))
-    expected = [brute_force(data, seed, SETTINGS) for seed in (1, 2)]
+    expected = [brute_force(data, seed, prompts) for seed in (1, 2)]
     for number, (ids, scores) in enumerate(expected):
         short_queries = {store.query(row) for row in np.flatnonzero(ids[:, -1] < 0)}
         assert 0 < (ids < 0).sum() < ids.size / 2  # some pools are short, most are not
@@ -154,11 +176,11 @@ def test_tables_equal_brute_force(
 
 
 def test_sampled_pools_are_the_same_in_every_layout(workers: WorkerPool, data: tuple[Path, Path]) -> None:
-    sampled = replace(SETTINGS, selection=replace(SETTINGS.selection, sample_seed=11, margin=None, pool_size=4))
+    sampled = replace(SELECTION, sample_seed=11, margin=None, pool_size=4)
     hashes = {
         result[1].table.content_hash()
         for world_size, tensor_parallel in LAYOUTS
-        for result in workers.run(mine_here, world_size, data, world_size, tensor_parallel, sampled)
+        for result in workers.run(mine_here, world_size, data, world_size, tensor_parallel, None, sampled)
     }
     assert len(hashes) == 1
 
@@ -166,7 +188,7 @@ def test_sampled_pools_are_the_same_in_every_layout(workers: WorkerPool, data: t
 def update_here(data: tuple[Path, Path], tensor_parallel: int) -> tuple[int, str, str]:
     """Every dp rank brings updates for its own rows; tp ranks other than 0 bring nonsense that must not count."""
     context = context_of(4, tensor_parallel)
-    table, whole = (mine_here(data, 4, tensor_parallel, SETTINGS)[0].table for _ in range(2))
+    table, whole = (mine_here(data, 4, tensor_parallel)[0].table for _ in range(2))
     rows = np.repeat(np.arange(len(table.pointer)), 3)
     slots = np.tile(np.arange(3), len(table.pointer))
     similarities = np.random.default_rng(5).random(len(rows)).astype(np.float32)
@@ -186,7 +208,7 @@ def test_updates_of_all_ranks_are_applied_once(workers: WorkerPool, data: tuple[
 
 
 def test_a_saved_table_belongs_to_its_source(data: tuple[Path, Path], tmp_path: Path) -> None:
-    table = mine_here(data, 1, 1, SETTINGS)[1].table
+    table = mine_here(data, 1, 1)[1].table
     table.save(tmp_path / "table")
     tokenizer = Tokenizer(data[1])
     corpus = fingerprint(PairStore(data[0], tokenizer), tokenizer)
@@ -197,7 +219,7 @@ def test_a_saved_table_belongs_to_its_source(data: tuple[Path, Path], tmp_path: 
 
 def mine_expecting_error(data: tuple[Path, Path], world_size: int, message: str) -> str:
     with pytest.raises(ValueError, match=message) as caught:
-        mine_here(data, world_size, 1, SETTINGS)
+        mine_here(data, world_size, 1)
     return str(caught.value)
 
 
@@ -218,4 +240,4 @@ def test_scored_pairs_are_refused(data: tuple[Path, Path], tmp_path: Path) -> No
     (tmp_path / "sts.jsonl").write_text(json.dumps({"text1": "red", "text2": "blue", "score": 1.0}) + "\n")
     preprocess_pairs("sts", [tmp_path / "sts.jsonl"], data[1], tmp_path / "sts")
     with pytest.raises(ValueError, match="scored pairs"):
-        mine_here((tmp_path / "sts", data[1]), 1, 1, SETTINGS)
+        mine_here((tmp_path / "sts", data[1]), 1, 1)

@@ -193,11 +193,12 @@ def make_texts(count: int) -> list[np.ndarray]:
 
 
 def embed(batch: TextBatch) -> torch.Tensor:
-    """[n, 4] of exact float32 integers: length, sum, weighted sum, last token. Padding (0) must not matter."""
+    """[n, 5] of exact float32 integers: length, sum, weighted sum, last token, prompt. Padding (0) must not matter."""
     tokens, lengths = batch.tokens.float(), batch.lengths
     last = batch.tokens.gather(1, lengths[:, None] - 1)[:, 0]
     place = torch.arange(1, tokens.shape[1] + 1)
-    return torch.stack([lengths.float(), tokens.sum(1), (tokens * place).sum(1), last.float()], dim=1)
+    prompt = torch.full(lengths.shape, float(batch.prompt_length))
+    return torch.stack([lengths.float(), tokens.sum(1), (tokens * place).sum(1), last.float(), prompt], dim=1)
 
 
 def encode_here(world_size: int, tensor_parallel: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -205,21 +206,22 @@ def encode_here(world_size: int, tensor_parallel: int, count: int) -> tuple[np.n
     texts = make_texts(count)
     ids = np.arange(count) * 7 + 100
     lengths = np.array([len(text) for text in texts], dtype=np.int64)
-    part = encode_corpus(embed, lambda i: texts[(i - 100) // 7], ids, lengths, context, max_tokens=64, pad_id=0)
-    return part.ids, part.embeddings, encode_texts(embed, texts, context, max_tokens=64, pad_id=0)
+    settings = {"max_tokens": 64, "pad_id": 0, "prompt_length": 3}
+    part = encode_corpus(embed, lambda i: texts[(i - 100) // 7], ids, lengths, context, **settings)
+    return part.ids, part.embeddings, encode_texts(embed, texts, context, **settings)
 
 
 @pytest.mark.parametrize(("world_size", "tensor_parallel"), [(1, 1), (2, 1), (2, 2), (4, 2)])
 @pytest.mark.parametrize("count", [0, 1, 50])
 def test_every_text_is_encoded_once(workers: WorkerPool, world_size: int, tensor_parallel: int, count: int) -> None:
     texts = make_texts(count)
-    expected = np.array([embed(TextBatch(torch.tensor(t)[None], torch.tensor([len(t)])))[0].numpy() for t in texts])
+    expected = np.array([embed(TextBatch(torch.tensor(t)[None], torch.tensor([len(t)]), 3))[0].numpy() for t in texts])
     results = workers.run(encode_here, world_size, world_size, tensor_parallel, count)
     ids = np.concatenate([result[0] for result in results])
     assert sorted(ids.tolist()) == [i * 7 + 100 for i in range(count)]
     for part_ids, rows, gathered in results:
         assert len(part_ids) == len(rows)
-        assert gathered.shape == ((count, 4) if count else (0, 0))
+        assert gathered.shape == ((count, 5) if count else (0, 0))
         for text_id, row in zip(part_ids, rows, strict=True):
             np.testing.assert_array_equal(row, expected[(text_id - 100) // 7])
         np.testing.assert_array_equal(gathered, expected.reshape(gathered.shape))
