@@ -9,7 +9,6 @@ import torch
 from sample_texts import DOCUMENTS, load_tool, run_script
 
 from megatron_conan.data.batch import collate_texts
-from megatron_conan.data.format import format_text
 from megatron_conan.data.pair_files import preprocess_pairs
 from megatron_conan.data.pairs import PairStore, build_pair_batch
 from megatron_conan.data.tokenizer import Tokenizer
@@ -221,16 +220,6 @@ def test_tool_runs_as_documented(tmp_path, tokenizer):
     with pytest.raises(SystemExit) as stop:
         load_tool("preprocess_pairs").main(["--task", "unknown"])
     assert stop.value.code == 2
-
-
-def test_formatter_truncates_and_ends_with_eos():
-    assert format_text([5, 6, 7], 3, 9).tolist() == [5, 6, 9]
-    assert format_text([5, 6, 7], 4, 9).tolist() == [5, 6, 7, 9]
-    assert format_text(np.empty(0, np.uint16), 4, 9).tolist() == [9]
-    assert format_text(np.array([5], np.uint16), 1, 9).tolist() == [9]
-    assert format_text([5], 8, 9).dtype == np.int32
-    with pytest.raises(ValueError, match="max_length=0 leaves no room"):
-        format_text([5], 0, 9)
 
 
 def test_collate_pads_right_to_the_multiple():
