@@ -1,8 +1,12 @@
 """Log-sum-exp over the negatives of each anchor, block by block: memory grows with the batch, not with its square.
 
 The logits of one block of anchors against one block of candidates exist at a time, in forward and backward; the backward
-computes them again. Logits are in base 2 inside: on a CPU torch's exp2 is several times as fast as its exp, which MKL
-slows down a further tenfold where the result underflows, as most do at a low temperature.
+computes them again. What is done to a block costs little beside its matrix products:
+
+- Logits are in base 2: on a CPU torch's exp2 is several times as fast as its exp, which MKL slows down a further tenfold
+  where the result underflows, as most do at a low temperature.
+- A comparison gives 0.0 and 1.0, not bool: on a CPU only comparisons into their operands' own type are vectorised.
+- What doesn't count gets the logit `_NEVER`, not -inf, so that 0.0 times it is no NaN.
 
 Shapes: `q` anchors, `k` candidates, `e` embedding dim, `m` columns of keys, `n` pairs; `r`, `c` anchors and candidates of
 a block.
@@ -25,6 +29,12 @@ BLOCK_SIZE = 1024
 LISTED_PAIRS = 16
 """A column of keys becomes a list of pairs where that lists no more than so many for each anchor and candidate: a pair
 costs something in its own block only, keys are compared in every block."""
+
+_NEVER = -1e30
+"""Added to the logits of what doesn't count. 2^(_NEVER - x) is 0 for every other logit x, and for `_FLOOR`."""
+
+_FLOOR = -1e29
+"""Below every logit that counts."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +99,7 @@ def negative_logsumexp(
     """
     dtype = torch.promote_types(torch.promote_types(anchor.dtype, candidate.dtype), torch.float32)
     scale = 1 / (temperature * math.log(2))  # cosine -> base-2 logit, before anything is masked with -inf
-    limit = None if ceiling is None else ceiling.detach().to(dtype) * scale
+    limit = None if ceiling is None else (ceiling.detach().to(dtype) * scale).clamp(min=_FLOOR)
     plan = _plan(excluded, block_size)
     result, *seen = _LogSumExp2.apply(anchor.to(dtype) * scale, candidate.to(dtype), limit, plan)
     count, masked, highest, total = seen
@@ -112,9 +122,9 @@ class _Plan:
 
     block_size: int
     anchor_keys: Tensor
-    """[q, m] the columns that are compared in every block."""
+    """[q, m] fp32, the columns that are compared in every block."""
     candidate_keys: Tensor
-    """[k, m]."""
+    """[k, m] fp32."""
     pair_rows: Tensor
     """[n] anchors of the pairs, block after block. Every pair is there once, and no column of keys excludes it."""
     pair_cells: Tensor
@@ -158,7 +168,10 @@ def _plan(excluded: Exclusions, size: int) -> _Plan:
     width = (k - column // size * size).clamp(max=size)  # of the pair's block: the last one is narrower
     num_blocks = -(-q // size) * -(-k // size)
     ends = torch.searchsorted(block, torch.arange(num_blocks, device=block.device), right=True).tolist()
-    return _Plan(size, anchor_keys, candidate_keys, row, row % size * width + column % size, ends)
+    # equal keys become equal small numbers, which fp32 holds exactly
+    numbers = torch.cat([anchor_keys, candidate_keys]).unique(return_inverse=True)[1].float()
+    cells = row % size * width + column % size
+    return _Plan(size, numbers[:q], numbers[q:], row, cells, ends)
 
 
 def _agreeing_pairs(anchor_key: Tensor, candidate_key: Tensor, limit: int) -> Tensor | None:
@@ -175,13 +188,15 @@ def _agreeing_pairs(anchor_key: Tensor, candidate_key: Tensor, limit: int) -> Te
 
 
 class _LogitBlocks:
-    """Computes blocks of base-2 logits, -inf where a candidate doesn't count: the same bits in forward and backward."""
+    """Computes blocks of base-2 logits, `_NEVER` where a candidate doesn't count: the same bits in forward and backward."""
 
     def __init__(self, anchor: Tensor, candidate: Tensor, ceiling: Tensor | None, plan: _Plan) -> None:
         """`anchor` [q, e] and `ceiling` [q] are in logits, `candidate` [k, e] are unit vectors."""
         self.anchor, self.candidate, self.ceiling, self.plan = anchor, candidate, ceiling, plan
+        self.anchor_keys, self.candidate_keys = plan.anchor_keys.to(anchor.dtype), plan.candidate_keys.to(anchor.dtype)
         size, q, k = plan.block_size, len(anchor), len(candidate)
-        self.buffer = anchor.new_empty(min(size, q) * min(size, k))
+        has_masks = ceiling is not None or plan.anchor_keys.shape[1] > 0
+        self.buffers = anchor.new_empty(2 if has_masks else 1, min(size, q) * min(size, k))
         self.left_out = anchor.new_zeros(q)
         """[q] sum of the logits that were left out, where they are counted."""
         self.excluded = torch.bincount(plan.pair_rows, minlength=q)
@@ -189,37 +204,38 @@ class _LogitBlocks:
 
     def compute(self, block: _Block, *, count: bool) -> Tensor:
         """[r, c], overwritten by the next call. `count` also adds to `left_out`, `excluded` and `masked`."""
-        plan, candidate = self.plan, self.candidate[block.columns]
-        num_rows = block.rows.stop - block.rows.start
-        logits = self.buffer[: num_rows * len(candidate)].view(num_rows, len(candidate))
-        torch.mm(self.anchor[block.rows], candidate.T, out=logits)  # [r, e] x [e, c] -> [r, c]
+        plan, rows, candidate = self.plan, block.rows, self.candidate[block.columns]
+        num_rows = rows.stop - rows.start
+        logits, *chosen = self.buffers[:, : num_rows * len(candidate)].view(-1, num_rows, len(candidate))
+        torch.mm(self.anchor[rows], candidate.T, out=logits)  # [r, e] x [e, c] -> [r, c]
         if block.pairs.start < block.pairs.stop:
             cells = plan.pair_cells[block.pairs]
             if count:
                 self.left_out.index_add_(0, plan.pair_rows[block.pairs], logits.view(-1)[cells])
-            logits.view(-1).index_fill_(0, cells, -torch.inf)
+            logits.view(-1).index_fill_(0, cells, _NEVER)
         if plan.anchor_keys.shape[1]:
-            agrees = _any_agrees(plan.anchor_keys[block.rows], plan.candidate_keys[block.columns])
-            self._leave_out(logits, agrees, block, self.excluded if count else None)
+            _compare_keys(self.anchor_keys[rows], self.candidate_keys[block.columns], out=chosen[0])
+            self._leave_out(logits, chosen[0], rows, self.excluded if count else None)
         if self.ceiling is not None:
-            above = logits > self.ceiling[block.rows, None]
-            self._leave_out(logits, above, block, self.masked if count else None)
+            torch.gt(logits, self.ceiling[rows, None], out=chosen[0])
+            self._leave_out(logits, chosen[0], rows, self.masked if count else None)
         return logits
 
-    def _leave_out(self, logits: Tensor, chosen: Tensor, block: _Block, counter: Tensor | None) -> None:
-        """Set `chosen` ([r, c] bool, finite so far) to -inf, and count them."""
+    def _leave_out(self, logits: Tensor, chosen: Tensor, rows: slice, counter: Tensor | None) -> None:
+        """Lower the `chosen` ([r, c], 0.0 or 1.0) logits to `_NEVER`, and count them."""
         if counter is not None:
-            counter[block.rows] += chosen.sum(dim=1)
-            self.left_out[block.rows] += torch.where(chosen, logits, 0).sum(dim=1)
-        logits.masked_fill_(chosen, -torch.inf)
+            counter[rows] += chosen.sum(dim=1).long()
+            self.left_out[rows] += torch.linalg.vecdot(chosen, logits)
+        logits.add_(chosen, alpha=_NEVER)
 
 
-def _any_agrees(anchor_keys: Tensor, candidate_keys: Tensor) -> Tensor:
-    """[r, c] bool: any of the columns of [r, m] and [c, m] agrees."""
-    agrees = anchor_keys[:, None, 0] == candidate_keys[None, :, 0]
+def _compare_keys(anchor_keys: Tensor, candidate_keys: Tensor, out: Tensor) -> None:
+    """Where any of the columns of [r, m] and [c, m] agrees: `out` [r, c] becomes 1.0, else 0.0."""
+    torch.eq(anchor_keys[:, None, 0], candidate_keys[None, :, 0], out=out)
+    agrees = torch.empty_like(out) if anchor_keys.shape[1] > 1 else out
     for m in range(1, anchor_keys.shape[1]):
-        agrees |= anchor_keys[:, None, m] == candidate_keys[None, :, m]
-    return agrees
+        torch.eq(anchor_keys[:, None, m], candidate_keys[None, :, m], out=agrees)
+        torch.maximum(out, agrees, out=out)
 
 
 class _LogSumExp2(torch.autograd.Function):
@@ -228,16 +244,16 @@ class _LogSumExp2(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, candidate: Tensor, ceiling: Tensor | None, plan: _Plan) -> tuple[Tensor, ...]:
         blocks = _LogitBlocks(anchor, candidate, ceiling, plan)
-        highest = anchor.new_full((len(anchor),), -torch.inf)
+        highest = anchor.new_full((len(anchor),), _FLOOR)
         sums = torch.zeros_like(highest)  # of 2^(logit - highest)
         for block in plan.blocks():
             logits = blocks.compute(block, count=True)
             before = highest[block.rows]
             after = torch.maximum(before, logits.amax(dim=1))
-            shift = _finite(after)
-            terms = logits.sub_(shift[:, None]).exp2_().sum(dim=1)
-            sums[block.rows] = sums[block.rows] * torch.exp2(before - shift) + terms
+            terms = logits.sub_(after[:, None]).exp2_().sum(dim=1)
+            sums[block.rows] = sums[block.rows] * torch.exp2(before - after) + terms
             highest[block.rows] = after
+        highest.masked_fill_(highest == _FLOOR, -torch.inf)
         result = highest + sums.log2()
         count = len(candidate) - blocks.excluded - blocks.masked
         # all products, less those left out: no further pass over the logits
@@ -253,16 +269,16 @@ class _LogSumExp2(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         anchor, candidate, ceiling, result = ctx.saved_tensors
         blocks = _LogitBlocks(anchor, candidate, ceiling, ctx.plan)
-        shift, weighted = _finite(result), anchor * gradient[:, None]
-        to_anchor, to_candidate = torch.zeros_like(anchor), torch.zeros_like(candidate)
+        shift, weighted = result.clamp(min=_FLOOR), anchor * gradient[:, None]
+        to_anchor, to_candidate = (
+            torch.zeros_like(side) if needed else None
+            for side, needed in zip((anchor, candidate), ctx.needs_input_grad, strict=False)
+        )
         for block in ctx.plan.blocks():
             rows, columns = block.rows, block.columns
             share = blocks.compute(block, count=False).sub_(shift[rows, None]).exp2_()  # [r, c]
-            to_anchor[rows].addmm_(share, candidate[columns])  # [r, c] x [c, e]
-            to_candidate[columns].addmm_(share.T, weighted[rows])  # [c, r] x [r, e]
-        return to_anchor.mul_(gradient[:, None]), to_candidate, None, None
-
-
-def _finite(x: Tensor) -> Tensor:
-    """x with 0 for -inf: -inf - x stays -inf."""
-    return x.masked_fill(x == -torch.inf, 0)
+            if to_anchor is not None:
+                to_anchor[rows].addmm_(share, candidate[columns])  # [r, c] x [c, e]
+            if to_candidate is not None:
+                to_candidate[columns].addmm_(share.T, weighted[rows])  # [c, r] x [r, e]
+        return None if to_anchor is None else to_anchor.mul_(gradient[:, None]), to_candidate, None, None

@@ -178,6 +178,14 @@ def test_extremes_give_numbers(temperature, sign):
     assert anchor.grad[1:].any()
 
 
+def test_a_ceiling_of_infinity_masks_nothing_and_of_minus_infinity_everything():
+    anchor, candidate = unit(2, 0), unit(5, 1)
+    excluded = Exclusions.nothing(2, 5).with_pairs(torch.tensor([[0, 1], [3, 4]]))
+    seen = assert_equal_results(anchor, candidate, excluded, torch.tensor([1, -1]).double() * torch.inf, 3)
+    assert seen.masked.tolist() == [0, 4]
+    assert seen.count.tolist() == [4, 0]
+
+
 def test_low_precision_input_is_computed_in_fp32():
     anchor, candidate = unit(5, 0).bfloat16().detach(), unit(7, 1).bfloat16().detach()
     low, high = [], []
