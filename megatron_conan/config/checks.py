@@ -38,11 +38,12 @@ def _check_ranks(config: RunConfig, world_size: int) -> None:
         raise ValueError("parallel.sequence=true needs parallel.tensor > 1: it splits activations over tensor ranks")
     if p.virtual_pipeline is not None and p.pipeline == 1:
         raise ValueError(f"parallel.virtual_pipeline={p.virtual_pipeline} needs parallel.pipeline > 1")
-    if p.virtual_pipeline is not None and config.evaluation is not None:
-        raise ValueError(
-            f"section evaluation does not run through the interleaved pipeline (parallel.virtual_pipeline="
-            f"{p.virtual_pipeline}); set evaluation=null or parallel.virtual_pipeline=null"
-        )
+    for name in ("evaluation", "mining"):
+        if p.virtual_pipeline is not None and getattr(config, name) is not None:
+            raise ValueError(
+                f"section {name} does not run through the interleaved pipeline (parallel.virtual_pipeline="
+                f"{p.virtual_pipeline}); set {name}=null or parallel.virtual_pipeline=null"
+            )
 
 
 def _check_model(config: RunConfig) -> None:

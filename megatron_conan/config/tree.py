@@ -73,6 +73,8 @@ class SourceConfig(Section):
     weight: Annotated[float, Field(gt=0)] | None = None
     """Share of this source in the training mix, relative to the other sources' weights (all sources give one, or none
     does). Without weights: language-model sources alike, pair sources by `data.source_temperature`."""
+    batch_size: Positive | None = None
+    """Rows of a global batch from this source (contrastive stages); `train.global_batch_size` if not given."""
     query_prompt: str | None = None
     """Name of the prompt before queries; if not given, `query` for retrieval, else the task's name."""
     document_prompt: str | None = None

@@ -78,7 +78,7 @@ class Pairs:
         num_parts = None
         if train.micro_batch_tokens is None:
             assert train.micro_batch_size is not None
-            num_parts = train.global_batch_size // (train.micro_batch_size * context.dp_size)
+            num_parts = -(-len(batches[0].rows) // (train.micro_batch_size * context.dp_size))
         parts = [own[part] for part in split_texts(texts.lengths[own], train.micro_batch_tokens, num_parts)]
         # the interleaved schedule takes whole rounds of micro-batches
         rounds = context.pp_size if config.parallel.virtual_pipeline else 1
@@ -127,8 +127,9 @@ class _Stream:
     def batch(self, step: int) -> PairBatch:
         source = self.schedule.source_at(step - 1)
         store = self.stores[source]
-        start = self.schedule.batches_before(step - 1) * self.batch_size
-        rows = sample_indices(store.num_rows, self.seed, start, self.batch_size)
+        size = self.data.sources[store.name].batch_size or self.batch_size
+        start = self.schedule.batches_before(step - 1) * size
+        rows = sample_indices(store.num_rows, self.seed, start, size)
         table = self.data.negatives.get(store.name)
         return build_pair_batch(
             store,

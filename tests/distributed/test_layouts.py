@@ -8,6 +8,7 @@ gradients to 1e-5 of the largest number of their tensor.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,45 @@ def test_weak_equals_one_process(
     world, parallel = CONTRASTIVE_LAYOUTS[layout]
     config = _contrastive_config("weak", tiny_data, tmp_path / "run", world, parallel, train=PASSES[passes])
     _assert_same(_run(workers, config, world), weak_baseline, config)
+
+
+MINED = {
+    "mining": {"every": 2, "pool_size": 8, "window": 30, "low_score": 1.0},  # every negative is replaced at once
+    "contrastive": {"temperature": 0.05, "num_hard_negatives": 2},
+    "soft_mask": {"schedule": "constant", "alpha": 1.0},
+    "train": PASSES["two passes"],
+}
+
+
+def _mined_run(
+    workers: WorkerPool, files: dict[str, Path], run: Path, world: int, parallel: dict[str, Any]
+) -> dict[str, Any]:
+    data = {"sources": [{"prefix": str(files["pairs"])}], "max_query_length": 24, "max_document_length": 48}
+    config = _contrastive_config("finetune", files, run, world, parallel, data=data, **MINED)
+    found = _run(workers, config, world)
+    lines = (run / "negatives" / "mining.jsonl").read_text(encoding="utf-8").splitlines()
+    return {**found, "config": config, "minings": [json.loads(line) for line in lines]}
+
+
+@pytest.fixture(scope="module")
+def mined_baseline(
+    workers: WorkerPool, tiny_data: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Baseline:
+    """One process, two minings."""
+    return _mined_run(workers, tiny_data, tmp_path_factory.mktemp("mined") / "run", 1, {})
+
+
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2", "tp2 pp2 sp"])
+def test_mined_negatives_equal_one_process(
+    layout: str, workers: WorkerPool, tiny_data: dict[str, Path], tmp_path: Path, mined_baseline: Baseline
+) -> None:
+    """Two minings and single replacements in between, in two passes: the same negatives, and so the same losses."""
+    found = _mined_run(workers, tiny_data, tmp_path / "run", *CONTRASTIVE_LAYOUTS[layout])
+    _assert_same(found, mined_baseline, found["config"])
+    assert len(mined_baseline["minings"]) == 2
+    for one, other in zip(mined_baseline["minings"], found["minings"], strict=True):
+        assert one["changed_share"] == other["changed_share"]
+        assert one["mean_negative_score"] == pytest.approx(other["mean_negative_score"], abs=1e-6)
 
 
 def _num_micro_batches(config: Any) -> list[int]:
