@@ -145,6 +145,7 @@ def _check_stage(config: RunConfig) -> None:
                 f"pooling.projection_dim is trained in the contrastive stages, not in stage={config.stage}; remove it"
             )
         return
+    _check_losses(config)
     if config.soft_mask.form == "learned" and config.stage != "weak":
         raise ValueError("soft_mask.form=learned is trained in stage=weak only; finetune runs at the final alpha")
     if config.mining is not None and config.contrastive.num_hard_negatives == 0:
