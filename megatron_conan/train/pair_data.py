@@ -117,12 +117,10 @@ class _Stream:
         config = data.setup.config
         self.data, self.stores, self.batch_size = data, stores, batch_size
         self.seed, self.settings = config.train.seed, config.contrastive
-        self.schedule = SourceSchedule(
-            [store.num_rows for store in stores],
-            source_weights([data.sources[store.name] for store in stores]),
-            temperature=config.data.source_temperature,
-            seed=self.seed,
-        )
+        weights = source_weights([data.sources[store.name] for store in stores])
+        temperature = config.data.source_temperature if weights is None else None
+        num_rows = [store.num_rows for store in stores]
+        self.schedule = SourceSchedule(num_rows, weights, temperature=temperature, seed=self.seed)
 
     def batch(self, step: int) -> PairBatch:
         source = self.schedule.source_at(step - 1)
