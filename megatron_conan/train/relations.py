@@ -63,13 +63,14 @@ def row_relations(batch: PairBatch, begin: int, end: int, device: torch.device) 
     if query_labels is None or document_labels is None:  # no classes, no keys
         query_labels = np.empty((len(batch.query_ids), 0), np.int64)
         document_labels = np.empty((len(batch.document_ids), 0), np.int64)
+    else:
+        query_labels, document_labels = query_labels[:, None], document_labels[:, None]
 
     def tensor(array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
     def exclusions(anchors: np.ndarray, candidates: np.ndarray, pairs: np.ndarray) -> Exclusions:
-        anchor_keys, candidate_keys = (tensor(labels.reshape(len(labels), -1)) for labels in (anchors, candidates))
-        return Exclusions(anchor_keys, candidate_keys, tensor(pairs))
+        return Exclusions(tensor(anchors), tensor(candidates), tensor(pairs))
 
     row_labels = query_labels[row_query]
     return RowRelations(
