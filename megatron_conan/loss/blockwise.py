@@ -97,8 +97,9 @@ def negative_logsumexp(
     Returns:
         [q], -inf where no candidate counts; and the statistics.
     """
+    assert (len(anchor), len(candidate)) == (len(excluded.anchor_keys), len(excluded.candidate_keys))
     dtype = torch.promote_types(torch.promote_types(anchor.dtype, candidate.dtype), torch.float32)
-    scale = 1 / (temperature * math.log(2))  # cosine -> base-2 logit, before anything is masked with -inf
+    scale = 1 / (temperature * math.log(2))  # cosine -> base-2 logit, before anything is masked
     limit = None if ceiling is None else (ceiling.detach().to(dtype) * scale).clamp(min=_FLOOR)
     plan = _plan(excluded, block_size)
     result, *seen = _LogSumExp2.apply(anchor.to(dtype) * scale, candidate.to(dtype), limit, plan)
@@ -151,10 +152,10 @@ def _plan(excluded: Exclusions, size: int) -> _Plan:
     anchor_keys = torch.where(excluded.anchor_keys < 0, -1, excluded.anchor_keys)
     candidate_keys = torch.where(excluded.candidate_keys < 0, -2, excluded.candidate_keys)
     pairs, compared = [excluded.pairs], []
-    for m in range(anchor_keys.shape[1]):
-        listed = _agreeing_pairs(anchor_keys[:, m], candidate_keys[:, m], limit=LISTED_PAIRS * (q + k))
+    for i in range(anchor_keys.shape[1]):
+        listed = _agreeing_pairs(anchor_keys[:, i], candidate_keys[:, i], limit=LISTED_PAIRS * (q + k))
         if listed is None:
-            compared.append(m)
+            compared.append(i)
         else:
             pairs.append(listed)
     anchor_keys, candidate_keys = anchor_keys[:, compared], candidate_keys[:, compared]
@@ -188,7 +189,10 @@ def _agreeing_pairs(anchor_key: Tensor, candidate_key: Tensor, limit: int) -> Te
 
 
 class _LogitBlocks:
-    """Computes blocks of base-2 logits, `_NEVER` where a candidate doesn't count: the same bits in forward and backward."""
+    """Computes blocks of base-2 logits, `_NEVER` where a candidate doesn't count.
+
+    In forward and backward by the same products, so that both decide alike about a candidate at the ceiling.
+    """
 
     def __init__(self, anchor: Tensor, candidate: Tensor, ceiling: Tensor | None, plan: _Plan) -> None:
         """`anchor` [q, e] and `ceiling` [q] are in logits, `candidate` [k, e] are unit vectors."""
@@ -233,8 +237,8 @@ def _compare_keys(anchor_keys: Tensor, candidate_keys: Tensor, out: Tensor) -> N
     """Where any of the columns of [r, m] and [c, m] agrees: `out` [r, c] becomes 1.0, else 0.0."""
     torch.eq(anchor_keys[:, None, 0], candidate_keys[None, :, 0], out=out)
     agrees = torch.empty_like(out) if anchor_keys.shape[1] > 1 else out
-    for m in range(1, anchor_keys.shape[1]):
-        torch.eq(anchor_keys[:, None, m], candidate_keys[None, :, m], out=agrees)
+    for i in range(1, anchor_keys.shape[1]):
+        torch.eq(anchor_keys[:, None, i], candidate_keys[None, :, i], out=agrees)
         torch.maximum(out, agrees, out=out)
 
 

@@ -186,6 +186,20 @@ def test_a_ceiling_of_infinity_masks_nothing_and_of_minus_infinity_everything():
     assert seen.count.tolist() == [4, 0]
 
 
+def test_backward_leaves_out_exactly_what_forward_left_out():
+    """All cosines are the ceiling but for rounding. Shares add up to 1, which one other decision changes by 1 in 200."""
+    generator = torch.Generator().manual_seed(0)
+    anchor, candidate = (torch.randn(1, 63, generator=generator).repeat(rows, 1) for rows in (150, 400))
+    candidate = candidate + 1e-7 * torch.randn(400, 63, generator=generator)
+    candidate = torch.cat([candidate, torch.ones(400, 1)], 1)  # the last dim's gradient is the sum of the shares
+    anchor = torch.cat([anchor, torch.zeros(150, 1)], 1).requires_grad_()
+    ceiling = (anchor @ candidate.T).median(dim=1)[0]
+    result, seen = negative_logsumexp(anchor, candidate, 1.0, Exclusions.nothing(150, 400), ceiling, block_size=64)
+    result.sum().backward()
+    assert 50 < seen.masked.float().mean() < 350
+    torch.testing.assert_close(anchor.grad[:, -1], torch.ones(150), rtol=0, atol=1e-4)
+
+
 def test_low_precision_input_is_computed_in_fp32():
     anchor, candidate = unit(5, 0).bfloat16().detach(), unit(7, 1).bfloat16().detach()
     low, high = [], []
