@@ -8,7 +8,7 @@ PY := $(if $(filter system,$(INSTALL)),$(PYTHON),.venv/bin/python)
 PIP := $(PY) -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-venv install-system demo test lint
+.PHONY: help install install-venv install-system demo test test-full bench lint
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -21,6 +21,13 @@ demo: install ## train, search and report on this machine's CPU; DEMO=short for 
 # -P: the checkout must not be on sys.path, its kernels/ would shadow another package of that name
 test: install ## all tests that need no GPU and little time, in one pytest process
 	@$(PY) -P -m pytest -q -m "not full and not gpu" $(PYTEST_ARGS)
+
+test-full: install ## everything that needs no GPU, also what takes long; the external data's tests too
+	@$(PY) -P -m pytest -q -m "not gpu" $(PYTEST_ARGS)
+
+bench: install ## the benchmarks, in their quick form where they have one
+	@$(PY) -P benchmarks/info_nce.py --quick
+	@$(PY) -P benchmarks/contrastive_step.py --quick
 
 lint: install ## ruff and mypy
 	@$(PY) -m ruff check .

@@ -1,5 +1,6 @@
 """Fixtures of all tests."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,9 @@ from tiny_data import tiny_data
 
 __all__ = ["tiny_data"]
 
-REAL_DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+ROOT = Path(__file__).resolve().parents[1]
+REAL_DATA = ROOT.parent / "shared" / "data"
+sys.path.append(str(ROOT / "benchmarks"))  # what reads external data serves benchmarks and tests
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
