@@ -82,16 +82,18 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from megatron_conan.evaluation.run import run_mteb
 
     model: EmbeddingEncoder | Path = arguments.model
+    details = None
     if (arguments.model / "config.yaml").exists():
         from megatron_conan.export.trained import load_run
 
         run = load_run(arguments.model)
         model = EmbeddingEncoder(run.embed, name=f"megatron_conan/{arguments.model.name}", revision=f"step_{run.step}")
+        details = {"step": run.step, "prompts": run.config.prompts}
     elif not (arguments.model / "modules.json").exists():
         raise ValueError(
             f"{arguments.model} is neither a run folder (config.yaml) nor a SentenceTransformer folder (modules.json)"
         )
-    scores = run_mteb(model, arguments.task, arguments.out or arguments.model / "evaluation")
+    scores = run_mteb(model, arguments.task, arguments.out or arguments.model / "evaluation", details=details)
     print(json.dumps(scores, indent=2))
 
 

@@ -1,6 +1,7 @@
 """A plain fp64 decoder over weights under megatron names, one sequence and one head at a time: the reference of tests."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from megatron_conan.data.format import format_text
 from megatron_conan.data.tokenizer import Tokenizer
 from megatron_conan.data.tokenizer_training import train_tokenizer
 from megatron_conan.export.hf import ExportSettings
-from megatron_conan.export.mapping import EMBEDDING, ModelShape, iterate_rules
+from megatron_conan.export.mapping import EMBEDDING, PROJECTION, ModelShape, iterate_rules
 
 MAX_LENGTH = 24
+PROMPTS = {"query": "find:\n", "document": "", "sts": "Same?  \n\n"}
 CORPUS = [
     "The quick brown fox jumps over the lazy dog.",
     "def read(path):\n    return open(path).read()",
@@ -42,6 +44,9 @@ def make_weights(shape: ModelShape, padding_rows: int) -> dict[str, torch.Tensor
         weights[rule.megatron] = 1 + 0.2 * drawn if len(size) == 1 else 2.5 * drawn / math.sqrt(size[-1])
     padding = torch.full((padding_rows, shape.hidden_size), 5.0, dtype=torch.float64)
     weights[EMBEDDING] = torch.cat([weights[EMBEDDING], padding])
+    if shape.projection_dim is not None:
+        size = (shape.projection_dim, shape.hidden_size)
+        weights[PROJECTION] = torch.randn(size, generator=generator, dtype=torch.float64)
     return weights
 
 
@@ -72,10 +77,10 @@ def attend(x: torch.Tensor, qkv: torch.Tensor, shape: ModelShape, bidirectional:
     return torch.cat(heads, dim=-1)
 
 
-def embed(
-    ids: list[int], weights: dict[str, torch.Tensor], shape: ModelShape, bidirectional: bool, pooling: str
-) -> np.ndarray:
-    """One sequence through a plain pre-norm decoder in fp64, pooled and normalised -> [h]."""
+def token_vectors(
+    ids: list[int], weights: dict[str, torch.Tensor], shape: ModelShape, bidirectional: bool
+) -> torch.Tensor:
+    """One sequence through a plain pre-norm decoder in fp64 -> [s, h]."""
 
     def norm(x: torch.Tensor, name: str) -> torch.Tensor:
         return rms_norm(x, (shape.hidden_size,), weights[name], shape.norm_epsilon)
@@ -93,15 +98,24 @@ def embed(
         hidden = norm(x, name + "pre_mlp_layernorm.weight") @ weights[name + "mlp.linear_fc1.weight"].T
         gate, up = hidden[:, : shape.ffn_hidden_size], hidden[:, shape.ffn_hidden_size :]
         x = x + (silu(gate) * up) @ weights[name + "mlp.linear_fc2.weight"].T
-    x = norm(x, "decoder.final_layernorm.weight")
-    pooled = x[-1] if pooling == "last" else x.mean(dim=0)
-    return (pooled / pooled.norm()).numpy()
+    return norm(x, "decoder.final_layernorm.weight")
+
+
+def pool(x: torch.Tensor, mode: str, first: int) -> torch.Tensor:
+    """[s, h] -> [h], token by token, without the `first` tokens (a prompt that doesn't count)."""
+    if mode == "last":
+        return x[-1]
+    total, weights = torch.zeros_like(x[0]), 0
+    for position in range(first, len(x)):
+        weight = position + 1 if mode == "weighted_mean" else 1
+        total, weights = total + weight * x[position], weights + weight
+    return total / weights
 
 
 class PlainModel:
     """A small tokenizer, a model shape with random weights, and the plain decoder's vectors of texts."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, projection_dim: int | None = None) -> None:
         self.tokenizer_path = write_tokenizer(folder, CORPUS, vocab_size=330)
         self.tokenizer = Tokenizer(self.tokenizer_path)
         self.shape = ModelShape(
@@ -114,6 +128,7 @@ class PlainModel:
             vocab_size=self.tokenizer.size,
             rotary_base=500.0,
             norm_epsilon=1e-4,
+            projection_dim=projection_dim,
         )
         self.weights = make_weights(self.shape, padding_rows=13)
 
@@ -123,13 +138,31 @@ class PlainModel:
             alpha=1.0,
             pooling="mean",
             max_seq_length=MAX_LENGTH,
-            prompts={"query": "query: ", "document": ""},
+            prompts=PROMPTS,
         )
         return replace(settings, **changes)
 
-    def tokens(self, text: str) -> list[int]:
-        """The ids that training, mining and evaluation make of a text."""
-        return format_text(self.tokenizer.encode(text), MAX_LENGTH, self.tokenizer.eos_id).tolist()
+    def tokens(self, text: str, prompt: str = "") -> list[int]:
+        """The ids that training, mining and evaluation make of a text and the prompt before it."""
+        ids, prompt_ids = self.tokenizer.encode(text), self.tokenizer.encode(prompt)
+        return format_text(ids, MAX_LENGTH, self.tokenizer.eos_id, prompt_ids).tolist()
 
-    def vectors(self, texts: list[str], bidirectional: bool = True, pooling: str = "mean") -> np.ndarray:
-        return np.stack([embed(self.tokens(text), self.weights, self.shape, bidirectional, pooling) for text in texts])
+    def vectors(
+        self, texts: list[str], settings: ExportSettings | None = None, prompt_name: str | None = None
+    ) -> np.ndarray:
+        """Unit vectors [n, e] float64 as the settings (`self.settings()` if not given) have them."""
+        settings = settings or self.settings()
+        prompt = settings.prompts.get(prompt_name or "", "")
+        first = 0 if settings.include_prompt else len(self.tokenizer.encode(prompt))
+        rows = []
+        for text in texts:
+            x = token_vectors(self.tokens(text, prompt), self.weights, self.shape, bool(settings.alpha))
+            pooled = pool(x, settings.pooling, first)
+            if self.shape.projection_dim is not None:
+                pooled = self.weights[PROJECTION] @ pooled
+            rows.append((pooled / pooled.norm()).numpy())
+        return np.stack(rows)
+
+    def reference(self, settings: ExportSettings) -> Callable[[list[str], str | None], np.ndarray]:
+        """What an export is checked against."""
+        return lambda texts, prompt_name: self.vectors(texts, settings, prompt_name)

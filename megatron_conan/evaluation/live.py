@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_conan.data.batch import TextBatch
-from megatron_conan.data.format import format_text
-from megatron_conan.evaluation.retrieval import EmbedTexts, RetrievalResult, TextKind, evaluate_retrieval
+from megatron_conan.data.format import TextKind
+from megatron_conan.evaluation.retrieval import EmbedTexts, RetrievalResult, evaluate_retrieval
 from megatron_conan.mining.encode import encode_texts
-from megatron_conan.train.contrastive import pad_multiple
 from megatron_conan.train.loop import Trainer
+from megatron_conan.train.pair_data import pad_multiple
 from megatron_conan.train.run_folder import write_atomically
 from megatron_conan.train.step import embed_texts, evaluating
 
@@ -26,14 +26,15 @@ def live_embedder(trainer: Trainer, max_tokens: int) -> EmbedTexts:
 
     All ranks must call it with the same texts; all get all vectors.
     """
-    config, context, tokenizer = trainer.setup.config, trainer.setup.context, trainer.setup.tokenizer
-    max_lengths = {"query": config.max_query_length, "document": config.max_document_length}
+    config, context = trainer.setup.config, trainer.setup.context
+    tokenizer, formatter = trainer.setup.tokenizer, trainer.setup.formatter
 
     def embed_batch(batch: TextBatch) -> torch.Tensor:
         return embed_texts(trainer.chunks, batch, context)
 
-    def embed(texts: list[str], kind: TextKind) -> np.ndarray:
-        sequences = [format_text(ids, max_lengths[kind], tokenizer.eos_id) for ids in tokenizer.encode_batch(texts)]
+    def embed(texts: list[str], kind: TextKind, prompt: str | None = None) -> np.ndarray:
+        name = kind if prompt is None else prompt
+        sequences = [formatter.format(ids, kind, name) for ids in tokenizer.encode_batch(texts)]
         with evaluating(trainer.chunks):
             return encode_texts(
                 embed_batch,
@@ -42,6 +43,7 @@ def live_embedder(trainer: Trainer, max_tokens: int) -> EmbedTexts:
                 max_tokens=max_tokens,
                 pad_id=tokenizer.pad_id,
                 pad_multiple=pad_multiple(config.parallel.tensor),
+                prompt_length=len(formatter.prompt_tokens(name)),
             )
 
     return embed

@@ -4,24 +4,30 @@ It gives real mteb's scores on the same folder (a test holds that) without mteb'
 Legend: q queries, n documents, e embedding dim.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch.nn.functional import normalize
 
+from megatron_conan.data.format import TextKind
 from megatron_conan.evaluation.beir import RetrievalData, read_beir
 from megatron_conan.evaluation.metrics import bootstrap_interval, ndcg_at_k, recall_at_k
 
-TextKind = Literal["query", "document"]
-EmbedTexts = Callable[[list[str], TextKind], np.ndarray]
-"""Texts and their kind -> [len(texts), e] float32, the same on every rank that calls it."""
-
 DOCUMENT_BLOCK = 50_000  # mteb's
 MAX_CANDIDATES = 1000  # a query's scored documents, however many share the k-th score
+
+
+class EmbedTexts(Protocol):
+    """Texts and their kind -> [len(texts), e] float32, the same on every rank that calls it.
+
+    `prompt` names the prompt put before each text, which is none if there is no prompt of that name; `query` or `document`,
+    as the kind, if not given.
+    """
+
+    def __call__(self, texts: list[str], kind: TextKind, prompt: str | None = None, /) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)

@@ -234,8 +234,8 @@ def run_search(run_dir: str | Path, question: str, *, k: int = 10, bm25: bool = 
 
 
 def weights_digest(export_dir: str | Path) -> str:
-    """SHA-256 over the weight files of an exported folder, in the order of their names."""
-    files = sorted(Path(export_dir).glob("*.safetensors"))
+    """SHA-256 over the weight files of an exported folder and its modules, in the order of their names."""
+    files = sorted(Path(export_dir).rglob("*.safetensors"))
     if not files:
         raise ValueError(f"{export_dir} holds no exported model (*.safetensors); {REMEDY}")
     digest = hashlib.sha256()

@@ -11,6 +11,8 @@ from torch import Tensor
 
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT_LAYER = "output_layer.weight"
+PROJECTION = "projection.weight"
+"""Behind pooling: not part of the Llama model, but a module of the SentenceTransformer folder."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,13 @@ class ModelShape:
     """Rows of the tokenizer's vocabulary, without padding rows."""
     rotary_base: float
     norm_epsilon: float
+    projection_dim: int | None = None
+    """Rows of the linear map behind pooling; None where there is none."""
+
+    @property
+    def embedding_dim(self) -> int:
+        """Size of the embedding."""
+        return self.projection_dim or self.hidden_size
 
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_query_groups:

@@ -13,9 +13,8 @@ import torch.distributed as dist
 from megatron_conan.config import RunConfig
 from megatron_conan.config.tree import ParallelConfig, SoftMaskConfig
 from megatron_conan.data.batch import TextBatch
-from megatron_conan.data.format import format_text
+from megatron_conan.data.format import Formatter, TextKind
 from megatron_conan.data.tokenizer import Tokenizer
-from megatron_conan.evaluation.retrieval import TextKind
 from megatron_conan.export.hf import ExportReport, ExportSettings, export_sentence_transformer
 from megatron_conan.export.mapping import ModelShape
 from megatron_conan.mining.encode import encode_texts
@@ -43,20 +42,25 @@ class TrainedRun:
     context: ParallelContext
 
     @torch.no_grad()
-    def embed(self, texts: Sequence[str], kind: TextKind = "document") -> np.ndarray:
-        """Unit vectors [n, h] fp32, texts formatted and cut as in training."""
-        length = self.config.max_query_length if kind == "query" else self.config.max_document_length
-        ids = self.tokenizer.encode_batch(texts)
+    def embed(self, texts: Sequence[str], kind: TextKind = "document", prompt: str | None = None) -> np.ndarray:
+        """Unit vectors [n, e] fp32, texts formatted and cut as in training.
+
+        Args:
+            prompt: name of the prompt before each text, none if there is no such prompt; that of `kind` if not given.
+        """
+        formatter = Formatter.of_run(self.config, self.tokenizer)
+        name = kind if prompt is None else prompt
 
         def embed_batch(batch: TextBatch) -> torch.Tensor:
-            return self.model(batch.tokens, batch.lengths, embed=True)
+            return self.model(batch.tokens, batch.lengths, embed=True, prompt_lengths=batch.prompt_length)
 
         return encode_texts(
             embed_batch,
-            [format_text(sequence, length, self.tokenizer.eos_id) for sequence in ids],
+            [formatter.format(ids, kind, name) for ids in self.tokenizer.encode_batch(texts)],
             self.context,
-            max_tokens=max(ENCODE_TOKENS, length + 8),
+            max_tokens=max(ENCODE_TOKENS, formatter.max_lengths[kind] + 8),
             pad_id=self.tokenizer.pad_id,
+            prompt_length=len(formatter.prompt_tokens(name)),
         )
 
 
@@ -76,11 +80,15 @@ def load_run(run_dir: Path) -> TrainedRun:
             f"{checkpoint} was saved at alpha={state['alpha']} of a learned soft mask, which exists in training only; take "
             "the run's last checkpoint"
         )
+    pooling = trained.pooling
+    if not trained.is_contrastive:  # there is no projection in a language model
+        pooling = pooling.model_copy(update={"projection_dim": None})
     mask = SoftMaskConfig(form="constant" if form == "learned" else form, schedule="constant", alpha=state["alpha"])
     config = trained.model_copy(
         update={
             "parallel": ParallelConfig(),
             "soft_mask": mask,
+            "pooling": pooling,
             "model": trained.model.model_copy(update={"spec": "local"}),
             "train": trained.train.model_copy(update={"precision": "fp32"}),
         }
@@ -117,6 +125,7 @@ def model_shape(config: RunConfig) -> ModelShape:
         vocab_size=m.vocab_size,
         rotary_base=m.rotary_base,
         norm_epsilon=m.norm_epsilon,
+        projection_dim=config.pooling.projection_dim,
     )
 
 
@@ -127,11 +136,16 @@ def export_run(run: TrainedRun, out_dir: Path, verify_texts: Sequence[str]) -> E
         ValueError: if the mask is half open (0 < alpha < 1) or `out_dir` holds something else than an export.
         RuntimeError: if the stock libraries give other vectors than the trained model.
     """
+    config = run.config
     settings = ExportSettings(
-        tokenizer_path=run.config.tokenizer.model,
+        tokenizer_path=config.tokenizer.model,
         alpha=run.alpha,
-        pooling=run.config.pooling.mode,
-        max_seq_length=run.config.max_document_length,
+        pooling=config.pooling.mode,
+        max_seq_length=config.max_document_length,
+        max_query_length=config.max_query_length,
+        prompts=config.prompts,
+        include_prompt=config.pooling.include_prompt,
+        matryoshka_dims=config.contrastive.matryoshka_dims or (),
         name=f"{run.checkpoint.parent.parent.name} (megatron_conan)",
     )
     return export_sentence_transformer(
@@ -140,9 +154,9 @@ def export_run(run: TrainedRun, out_dir: Path, verify_texts: Sequence[str]) -> E
             for name, value in run.model.state_dict().items()
             if isinstance(value, torch.Tensor)
         },
-        model_shape(run.config),
+        model_shape(config),
         settings,
         out_dir,
         verify_texts=verify_texts,
-        reference=run.embed,
+        reference=lambda texts, prompt: run.embed(texts, "document", prompt or ""),
     )

@@ -29,7 +29,7 @@ def evaluate_on_rank(folder: str, out: str) -> tuple[float, float, int]:
 
     rank, world, embedded = dist.get_rank(), dist.get_world_size(), 0
 
-    def embed_texts(texts: list[str], kind: str) -> np.ndarray:
+    def embed_texts(texts: list[str], kind: str, prompt: str | None = None) -> np.ndarray:
         nonlocal embedded
         own = torch.zeros(len(texts), 16)
         own[rank::world] = torch.from_numpy(embed_words(texts[rank::world]))

@@ -7,17 +7,20 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import mteb
 import numpy as np
 import pytest
 import torch
 from plain_decoder import PlainModel
 from scipy.stats import spearmanr
+from sentence_transformers import SentenceTransformer
 
-from megatron_conan.evaluation.encoder import EmbeddingEncoder
-from megatron_conan.evaluation.retrieval import TextKind, evaluate_retrieval
+from megatron_conan.data.format import TextKind
+from megatron_conan.evaluation.encoder import EmbeddingEncoder, task_prompt
+from megatron_conan.evaluation.retrieval import evaluate_retrieval
 from megatron_conan.evaluation.run import run_mteb
 from megatron_conan.evaluation.tasks import load_task
-from megatron_conan.export.hf import export_sentence_transformer
+from megatron_conan.export.hf import ExportSettings, export_sentence_transformer
 
 TOPICS = [
     ["fox", "dog", "lazy", "brown"],
@@ -65,12 +68,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def embed_words(texts: list[str], kind: TextKind) -> np.ndarray:
-    """Mean of fixed random word vectors; queries get an offset, so that a mixed-up kind changes the scores."""
+def embed_words(texts: list[str], kind: TextKind, prompt: str | None = None) -> np.ndarray:
+    """Mean of fixed random word vectors; queries and prompts get an offset, so that mixing them up changes the scores."""
+    offset = np.zeros(24) + (0.3 if kind == "query" else 0.0)
+    if prompt is not None:
+        offset = offset + np.random.default_rng(list(prompt.encode())).standard_normal(24)
     vectors = []
     for text in texts:
         words = [np.random.default_rng(list(word.encode())).standard_normal(24) for word in text.split()]
-        vectors.append(np.mean(words, axis=0) + (0.3 if kind == "query" else 0.0))
+        vectors.append(np.mean(words, axis=0) + offset)
     return np.array(vectors, dtype=np.float32)
 
 
@@ -105,7 +111,7 @@ def test_hits_come_in_canonical_order(folder: Path) -> None:
 def test_quick_evaluation_equals_mteb_where_everything_ties(folder: Path) -> None:
     """A collapsed model: all scores equal, so the metric's own order among ties decides."""
 
-    def collapse(texts: list[str], kind: TextKind) -> np.ndarray:
+    def collapse(texts: list[str], kind: TextKind, prompt: str | None = None) -> np.ndarray:
         return np.tile(np.array([[3.0, 4.0]], dtype=np.float32), (len(texts), 1))
 
     quick = evaluate_retrieval(collapse, folder)
@@ -114,20 +120,35 @@ def test_quick_evaluation_equals_mteb_where_everything_ties(folder: Path) -> Non
     }
 
 
-def test_sts_equals_scipy(tmp_path: Path) -> None:
-    pairs = [
-        ("fox dog", "fox dog lazy", 5),
-        ("fox dog", "read path", 0),
-        ("open file", "open path file", 4.5),
-        ("Ein Tag", "Ein schöner Tag", 3),
-        ("numbers", "fox runs", 1),
-    ]
-    (tmp_path / "pairs_en.jsonl").write_text(
-        "".join(json.dumps({"text1": a, "text2": b, "score": s}) + "\n" for a, b, s in pairs), encoding="utf-8"
-    )
-    first, second = (embed_words([pair[side] for pair in pairs], "document") for side in (0, 1))
+SCORED = [
+    ("fox dog", "fox dog lazy", 5),
+    ("fox dog", "read path", 0),
+    ("open file", "open path file", 4.5),
+    ("Ein Tag", "Ein schöner Tag", 3),
+    ("numbers", "fox runs", 1),
+    ("read", "spaces tabs runs", 2),
+    ("lazy brown", "brown brown fox", 3.5),
+]
+
+
+def write_scored(file: Path) -> None:
+    rows = [{"text1": first, "text2": second, "score": score} for first, second, score in SCORED]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def spearman_of(first: np.ndarray, second: np.ndarray) -> float:
     cosines = (first * second).sum(1) / np.linalg.norm(first, axis=1) / np.linalg.norm(second, axis=1)
-    expected = spearmanr(cosines, [pair[2] for pair in pairs]).statistic
+    return spearmanr(cosines, [score for *_, score in SCORED]).statistic
+
+
+def test_sts_equals_scipy(tmp_path: Path) -> None:
+    """Both texts get the prompt `sts`."""
+    write_scored(tmp_path / "pairs_en.jsonl")
+    expected, without = (
+        spearman_of(*(embed_words([pair[side] for pair in SCORED], "document", prompt) for side in (0, 1)))
+        for prompt in ("sts", None)
+    )
+    assert expected != without
     task = load_task(tmp_path / "pairs_en.jsonl", language="eng-Latn")
     assert run_mteb(EmbeddingEncoder(embed_words, name="lab/words"), [task], None) == {
         "pairs_en": pytest.approx(expected)
@@ -144,28 +165,40 @@ def test_random_state_is_left_alone(folder: Path) -> None:
     assert (random.getstate()[1], np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == expected  # type: ignore
 
 
-def export_random_model(folder: Path, prompts: dict[str, str]) -> tuple[PlainModel, Path]:
-    model = PlainModel(folder)
+def test_prompts_of_task_types() -> None:
+    assert [task_prompt(kind) for kind in ("STS", "PairClassification", "Classification", "Clustering")] == [
+        "sts", "sts", "classification", "clustering"
+    ]  # fmt: skip
+    assert task_prompt("MultilabelClassification") == "classification"
+
+
+def export_random_model(folder: Path, **changes: Any) -> tuple[PlainModel, ExportSettings, Path]:
+    model = PlainModel(folder, projection_dim=24)
+    settings = model.settings(**changes)
     export_sentence_transformer(
         model.weights,
         model.shape,
-        model.settings(prompts=prompts),
+        settings,
         folder / "export",
         verify_texts=["a text"],
-        reference=model.vectors,
+        reference=model.reference(settings),
     )
-    return model, folder / "export"
+    return model, settings, folder / "export"
 
 
-def test_an_export_through_mteb_equals_the_live_model(folder: Path, tmp_path: Path) -> None:
-    """The plain decoder plays the live model and puts the query prompt in itself.
+@pytest.mark.parametrize("document", ["", "file\n"])
+def test_an_export_through_mteb_equals_the_live_model(folder: Path, tmp_path: Path, document: str) -> None:
+    """The plain decoder plays the live model: the same scores, and the same as mteb's own reading of the folder.
 
     Its vectors and the export's differ by rounding, so documents must not repeat: copies would be ordered by rounding.
     """
-    model, export = export_random_model(tmp_path, {"query": "read "})
+    prompts = {"query": "read\n", "sts": "same?\n", **({"document": document} if document else {})}
+    model, settings, export = export_random_model(
+        tmp_path, prompts=prompts, pooling="weighted_mean", include_prompt=False
+    )
 
-    def embed_live(texts: list[str], kind: TextKind) -> np.ndarray:
-        return model.vectors([("read " if kind == "query" else "") + text for text in texts])
+    def embed_live(texts: list[str], kind: TextKind, prompt: str | None = None) -> np.ndarray:
+        return model.vectors(texts, settings, kind if prompt is None else prompt)
 
     distinct = tmp_path / "topics"
     (distinct / "qrels").mkdir(parents=True)
@@ -173,8 +206,20 @@ def test_an_export_through_mteb_equals_the_live_model(folder: Path, tmp_path: Pa
         (distinct / name).write_bytes((folder / name).read_bytes())
     rows = (folder / "corpus.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (distinct / "corpus.jsonl").write_text("".join(rows[:48]), encoding="utf-8")
+    write_scored(tmp_path / "pairs.jsonl")
     quick = evaluate_retrieval(embed_live, distinct)
-    assert run_mteb(export, [distinct], None) == {"topics": pytest.approx(quick.mean_ndcg, abs=6e-6)}
+    sides = [[pair[side] for pair in SCORED] for side in (0, 1)]
+    spearman = spearman_of(*(embed_live(texts, "document", "sts") for texts in sides))
+    expected = {"topics": pytest.approx(quick.mean_ndcg, abs=6e-6), "pairs": pytest.approx(spearman)}
+    tasks = [distinct, tmp_path / "pairs.jsonl"]
+    assert run_mteb(export, tasks, None) == expected
+    assert run_mteb(EmbeddingEncoder(embed_live, name="live"), tasks, None) == expected
+    # each prompt matters to its score
+    assert quick.mean_ndcg != evaluate_retrieval(lambda t, kind: embed_live(t, kind, ""), distinct).mean_ndcg
+    assert spearman != spearman_of(*(embed_live(texts, "document") for texts in sides))
+    stock = SentenceTransformer(str(export), device="cpu")  # mteb itself knows the prompts of queries and documents
+    result = mteb.evaluate(stock, load_task(distinct), cache=None, co2_tracker=False, show_progress_bar=False)
+    assert result.task_results[0].get_score() == expected["topics"]
 
 
 def test_real_data_through_an_export(real_data: Path, tmp_path: Path) -> None:
@@ -182,7 +227,7 @@ def test_real_data_through_an_export(real_data: Path, tmp_path: Path) -> None:
     from megatron_conan.evaluation.encoder import load_folder_encoder
 
     source = real_data / "retrieval" / "mctest_dev_en"
-    _, export = export_random_model(tmp_path, {})
+    *_, export = export_random_model(tmp_path, prompts={})
     encoder = load_folder_encoder(export, device="cpu", batch_size=64)
     quick = evaluate_retrieval(encoder.embed_texts, source)
     scores = run_mteb(export, [source], tmp_path / "evaluation")
