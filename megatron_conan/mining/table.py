@@ -15,9 +15,6 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_conan.mining.exchange import gather_counts, gather_rows
-from megatron_conan.parallel.context import ParallelContext
-
 FORMAT = 1
 ARRAYS = ("pool_ids", "pool_scores", "pointer", "initial_score", "next_candidate")
 
@@ -130,21 +127,10 @@ class NegativesTable:
         ids = np.take_along_axis(self.pool_ids[rows], pointer.clip(min=0).astype(np.int64), axis=1)
         return np.where(pointer >= 0, ids, -1)
 
-    def update(self, rows: np.ndarray, slots: np.ndarray, similarities: np.ndarray, context: ParallelContext) -> int:
-        """Apply the updates of all ranks: gathers them over the world, then `apply_updates`. All ranks must call.
-
-        Only what tp rank 0 of the last pipeline stage gives counts (there the loss is); the others may give nothing.
-        Returns the number of negatives replaced.
-        """
-        speaks = context.tp_rank == 0 and context.is_last_stage
-        triples = np.stack([np.asarray(rows, np.float64), slots, similarities], axis=1)[: None if speaks else 0]
-        group, size = context.world_group, context.world_size
-        counts = gather_counts([len(triples)], group, size, context.device)[:, 0].tolist()
-        gathered = np.concatenate(gather_rows(triples, counts, group, context.device))
-        return self.apply_updates(gathered[:, 0].astype(np.int64), gathered[:, 1].astype(np.int64), gathered[:, 2])
-
     def apply_updates(self, rows: np.ndarray, slots: np.ndarray, similarities: np.ndarray) -> int:
         """Replace the negatives that the rule says have become easy; in use from the next `current` on.
+
+        Every rank must call it with the same values, so that all tables stay alike.
 
         Args:
             rows, slots: [n] int64, which negatives; entries with slot -1 (not from this table) are passed over.

@@ -185,28 +185,6 @@ def test_sampled_pools_are_the_same_in_every_layout(workers: WorkerPool, data: t
     assert len(hashes) == 1
 
 
-def update_here(data: tuple[Path, Path], tensor_parallel: int) -> tuple[int, str, str]:
-    """Every dp rank brings updates for its own rows; tp ranks other than 0 bring nonsense that must not count."""
-    context = context_of(4, tensor_parallel)
-    table, whole = (mine_here(data, 4, tensor_parallel)[0].table for _ in range(2))
-    rows = np.repeat(np.arange(len(table.pointer)), 3)
-    slots = np.tile(np.arange(3), len(table.pointer))
-    similarities = np.random.default_rng(5).random(len(rows)).astype(np.float32)
-    expected = whole.apply_updates(rows, slots, similarities)
-    mine = (rows % context.dp_size == context.dp_rank) & (rows != 7)
-    if context.dp_rank == 0:
-        mine |= rows == 7  # uneven parts
-    shown = similarities[mine] if context.tp_rank == 0 else np.full(mine.sum(), -1.0, np.float32)
-    assert table.update(rows[mine], slots[mine], shown, context) == expected
-    return expected, table.content_hash(), whole.content_hash()
-
-
-def test_updates_of_all_ranks_are_applied_once(workers: WorkerPool, data: tuple[Path, Path]) -> None:
-    results = workers.run(update_here, 4, data, 2)
-    assert results[0][0] > 0
-    assert len({value for _, *hashes in results for value in hashes}) == 1
-
-
 def test_a_saved_table_belongs_to_its_source(data: tuple[Path, Path], tmp_path: Path) -> None:
     table = mine_here(data, 1, 1)[1].table
     table.save(tmp_path / "table")
