@@ -1,16 +1,16 @@
-"""Pair data: what is written is what PairStore gives back, batches follow their layout, mistakes are named."""
+"""Pair files: what is written is what PairStore gives back, mistakes are named; and texts collated."""
 
-import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from pair_stores import write_rows
 from sample_texts import DOCUMENTS, load_tool, run_script
 
 from megatron_conan.data.batch import collate_texts
 from megatron_conan.data.pair_files import preprocess_pairs
-from megatron_conan.data.pairs import PairStore, build_pair_batch
+from megatron_conan.data.pairs import PairStore
 from megatron_conan.data.tokenizer import Tokenizer
 from megatron_conan.data.tokenizer_training import train_tokenizer
 
@@ -23,11 +23,6 @@ RETRIEVAL = [
 STS = [{"text1": "a cat", "text2": "a dog", "score": 2.5}, {"text1": "a cat", "text2": "the cat", "score": 4}]
 
 
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
 @pytest.fixture
 def retrieval(tmp_path, tokenizer):
     rows = write_rows(tmp_path / "in.jsonl", RETRIEVAL)
@@ -36,11 +31,6 @@ def retrieval(tmp_path, tokenizer):
     )
     preprocess_pairs("retrieval", [rows], tokenizer.path, tmp_path / "pairs", corpus=[corpus])
     return PairStore(tmp_path / "pairs", tokenizer)
-
-
-def batch_of(store, tokenizer, rows, **settings):
-    defaults = {"max_query_length": 16, "max_document_length": 12, "rng": (1, 2)}
-    return build_pair_batch(store, np.array(rows), tokenizer=tokenizer, **(defaults | settings))
 
 
 def test_store_gives_back_every_text_and_row(retrieval, tokenizer):
@@ -74,69 +64,14 @@ def test_store_gives_back_every_text_and_row(retrieval, tokenizer):
     )
 
 
-def test_batch_of_file_negatives_follows_the_layout(retrieval, tokenizer):
-    store = retrieval
-    batch = batch_of(store, tokenizer, [3, 0, 2], num_negatives=7)
-    assert (batch.source, batch.task) == ("pairs", "retrieval")
-    assert batch.rows.tolist() == [3, 0, 2]
-    assert batch.query_ids.tolist() == [store.query(3), store.query(0), store.query(2)]
-    negatives = [*store.negatives(3), *store.negatives(0)]
-    positives = [store.positives(row)[0] for row in (3, 0, 2)]
-    assert batch.document_ids.tolist() == [*positives, *negatives]
-    assert batch.document_query.tolist() == [0, 1, 2, 0, 0, 0, 0, 1, 1]
-    assert batch.is_positive.tolist() == [True] * 3 + [False] * 6
-    assert batch.slots.tolist() == [-1] * 9
-    assert torch.isnan(batch.scores).all()
-    assert batch.scores.dtype == torch.float32
-    assert batch.document.tokens.shape == (9, 16)
-    for i, text_id in enumerate(batch.document_ids.tolist()):
-        ids = [*tokenizer.encode(store.text(text_id))[:11], tokenizer.eos_id]
-        assert batch.document.lengths[i] == len(ids)
-        assert batch.document.tokens[i].tolist() == ids + [tokenizer.pad_id] * (16 - len(ids))
-    moved = batch.to("cpu")
-    assert torch.equal(moved.document.tokens, batch.document.tokens)
-
-
-def test_batch_of_mined_negatives_keeps_their_slots(retrieval, tokenizer):
-    table = np.array([[7, -1, 5], [-1, -1, -1], [4, 3, 2]])
-    batch = batch_of(retrieval, tokenizer, [0, 1, 2], negatives=table, num_negatives=7)
-    assert batch.document_ids.tolist()[3:] == [7, 5, 4, 3, 2]
-    assert batch.document_query.tolist()[3:] == [0, 0, 2, 2, 2]
-    assert batch.slots.tolist() == [-1, -1, -1, 0, 2, 0, 1, 2]
-    with pytest.raises(ValueError, match=r"negatives has shape \(3, 3\); expected \[2, K\]"):
-        batch_of(retrieval, tokenizer, [0, 1], negatives=table)
-
-
-def test_choices_depend_on_the_key_and_the_row_alone(retrieval, tokenizer):
-    def choices(rows, rng):
-        batch = batch_of(retrieval, tokenizer, rows, num_negatives=2, rng=rng)
-        chosen = {}
-        for i, row in enumerate(batch.rows.tolist()):
-            chosen[row] = batch.document_ids[batch.document_query == i].tolist()
-        return chosen
-
-    together = choices([0, 1, 2, 3], (5, 0))
-    assert choices([0, 1, 2, 3], (5, 0)) == together
-    for row in range(4):
-        assert choices([row], (5, 0))[row] == together[row]
-    by_step = [choices([1, 3], (5, step)) for step in range(20)]
-    assert {step[1][0] for step in by_step} == set(retrieval.positives(1).tolist())
-    assert len({tuple(step[3]) for step in by_step}) > 2
-    for step in by_step:
-        assert len(step[3]) == 3
-        assert set(step[3][1:]) <= set(retrieval.negatives(3).tolist())
-        assert step[3][1] != step[3][2]
-
-
 def test_sts_rows_keep_scores(tmp_path, tokenizer):
     preprocess_pairs("sts", [write_rows(tmp_path / "in.jsonl", STS)], tokenizer.path, tmp_path / "sts")
     store = PairStore(tmp_path / "sts", tokenizer)
     assert [store.score(row) for row in range(2)] == [2.5, 4.0]
     assert store.query(0) == store.query(1)
     assert [store.text(store.positives(row)[0]) for row in range(2)] == ["a dog", "the cat"]
-    batch = batch_of(store, tokenizer, [1, 0], num_negatives=7)
-    assert batch.scores.tolist() == [4.0, 2.5]
-    assert batch.is_positive.tolist() == [True, True]
+    assert store.scores.dtype == np.float32
+    assert store.negative_ids.tolist() == []
 
 
 def test_workers_write_the_same_bytes(tmp_path, tokenizer):
@@ -190,9 +125,10 @@ def test_other_mistakes_are_explained(tmp_path, tokenizer):
         preprocess_pairs("retrieval", [source], tokenizer.path, tmp_path / "out", num_workers=0)
     with pytest.raises(ValueError, match=r"make it with: python data_tools/preprocess_pairs\.py --task"):
         PairStore(tmp_path / "out", tokenizer)
-    preprocess_pairs("sft", [write_rows(tmp_path / "s.jsonl", [GOOD_ROWS["sft"]])], tokenizer.path, tmp_path / "sft")
-    with pytest.raises(ValueError, match="holds sft rows"):
-        batch_of(PairStore(tmp_path / "sft", tokenizer), tokenizer, [0])
+    preprocess_pairs("retrieval", [source], tokenizer.path, tmp_path / "out")
+    (tmp_path / "out.positives.npy").unlink()
+    with pytest.raises(ValueError, match=r"out\.positives\.npy does not exist; write the files of .*out anew"):
+        PairStore(tmp_path / "out", tokenizer)
 
 
 def test_another_tokenizer_is_refused(retrieval, tmp_path, tokenizer):
