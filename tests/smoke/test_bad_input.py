@@ -88,12 +88,15 @@ def test_stage_and_script_must_agree(tiny_data: dict[str, Path], tmp_path: Path)
     assert "launch/pretrain.sh" in _message(_launch("weak", "--config", str(file)))
 
 
-def test_contrastive_stages_refuse_what_they_cannot_do_yet(tiny_data: dict[str, Path], tmp_path: Path) -> None:
+def test_contrastive_batches_that_fit_nowhere(tiny_data: dict[str, Path], tmp_path: Path) -> None:
+    """Told before anything is loaded: by rows and by tokens."""
     file = _write(tiny_config("weak", tiny_data, tmp_path / "run"), tmp_path)
-    message = _message(_launch("weak", "--config", str(file), "parallel.pipeline=2", processes=2))
-    assert "parallel.pipeline=2" in message
-    message = _message(_launch("weak", "--config", str(file), "train.micro_batch_size=4"))
-    assert "train.micro_batch_size=8" in message
+    message = _message(_launch("weak", "--config", str(file), "train.micro_batch_size=3"))
+    assert "train.global_batch_size=8" in message
+    assert "use 6 or 9" in message
+    words = ["train.micro_batch_size=null", "train.micro_batch_tokens=40"]
+    assert "below one text of 48 tokens" in _message(_launch("weak", "--config", str(file), *words))
+    assert not (tmp_path / "run").exists()
 
 
 def _error_of(config: Any) -> str:

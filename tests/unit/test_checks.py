@@ -24,6 +24,9 @@ BASE: dict[str, Any] = {
     "optimizer": {"lr": 1e-3},
 }
 
+TOKENS = {"train__micro_batch_size": None, "train__micro_batch_tokens": 64}
+TWO_NEGATIVES = {"mining__every": 5, "contrastive__num_hard_negatives": 2}
+
 
 def build(stage: str, **changes: Any) -> RunConfig:
     """A config that fits two ranks, with `section__key=value` changes."""
@@ -47,6 +50,29 @@ def test_layouts_that_fit_are_accepted():
     check_config(build("weak", parallel__tensor=2, soft_mask__form="learned", soft_mask__schedule="linear"), 4)
     check_config(build("finetune", contrastive__num_hard_negatives=2, mining__every=3, mining__pool_size=2), 2)
     check_config(build("pretrain", model__kv_channels=10, model__hidden_size=50), 2)
+
+
+@pytest.mark.parametrize("stage", ["weak", "finetune"])
+def test_contrastive_batches_may_be_cut_anyhow(stage):
+    """Several micro-batches, by rows or by tokens; pipelines, also interleaved with a number that isn't whole rounds."""
+    pipeline = {"parallel__pipeline": 2}
+    interleaved = {**pipeline, "parallel__virtual_pipeline": 2}
+    for layout, world_size in (({}, 2), (pipeline, 2), (interleaved, 2), ({"parallel__tensor": 2, **pipeline}, 8)):
+        for size in (8, 16, 24):
+            check_config(build(stage, train__global_batch_size=size, **layout), world_size)
+            check_config(build(stage, train__global_batch_size=size + 1, **layout, **TOKENS), world_size)
+
+
+def test_losses_that_fit_are_accepted():
+    """The checks of losses are about contrastive stages only."""
+    own = {"contrastive__in_batch_negatives": [], "contrastive__num_hard_negatives": 1}
+    check_config(build("finetune", **own), 2)
+    every = ["documents", "queries", "same_side"]
+    check_config(build("weak", contrastive__in_batch_negatives=every), 2)
+    sizes = {"contrastive__matryoshka_dims": [16, 64], "contrastive__matryoshka_weights": [1.0, 0.5]}
+    check_config(build("weak", **sizes), 2)
+    check_config(build("weak", **{**sizes, "contrastive__matryoshka_dims": [8, 80]}, pooling__projection_dim=80), 2)
+    check_config(build("pretrain", contrastive__matryoshka_dims=[999]), 2)
 
 
 @pytest.mark.parametrize(
@@ -85,11 +111,43 @@ def test_layouts_that_fit_are_accepted():
         ("pretrain", {"mining__every": 5}, 2, ["section mining", "stage=pretrain", "remove it"]),
         ("sft", {"soft_mask__schedule": "linear"}, 2, ["stage=sft", "must stay causal", "remove the soft_mask section"]),
         ("pretrain", {"soft_mask__alpha": 1.0}, 2, ["stage=pretrain", "must stay causal"]),
-        ("weak", {"parallel__pipeline": 2, "train__global_batch_size": 4}, 2,
-         ["parallel.pipeline=2", "use parallel.pipeline=1"]),
-        ("weak", {"train__global_batch_size": 16}, 2,
-         ["one micro-batch a step", "train.global_batch_size=16", "train.micro_batch_size=4 x dp=2 = 8",
-          "set train.micro_batch_size=8"]),
+        ("pretrain", {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2, "evaluation__data": "e"}, 2,
+         ["section evaluation", "parallel.virtual_pipeline=2", "set evaluation=null or parallel.virtual_pipeline=null"]),
+        ("weak", {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2, "mining__every": 5}, 2,
+         ["section mining", "parallel.virtual_pipeline=2", "set mining=null or parallel.virtual_pipeline=null"]),
+        ("pretrain", {"optimizer__min_lr": 2e-3}, 2, ["optimizer.min_lr=0.002", "lr=0.001", "decoupled_lr=None"]),
+        ("pretrain", {"optimizer__min_lr": 1e-4, "optimizer__decoupled_lr": 1e-5}, 2,
+         ["optimizer.min_lr=0.0001", "decoupled_lr=1e-05"]),
+        ("weak", {"train__global_batch_size": 12}, 2,
+         ["train.global_batch_size=12", "train.micro_batch_size=4 x dp=2 = 8", "use 8 or 16"]),
+        ("pretrain", {"train__micro_batch_tokens": 64}, 2,
+         ["train.micro_batch_tokens=64", "contrastive stages", "stage=pretrain", "set train.micro_batch_size"]),
+        ("sft", {"train__micro_batch_size": None}, 2, ["train.micro_batch_size is required and missing"]),
+        ("weak", {"train__micro_batch_size": None}, 2,
+         ["train.micro_batch_size or train.micro_batch_tokens is required and missing"]),
+        ("weak", {"train__micro_batch_tokens": 64}, 2,
+         ["train.micro_batch_size=4 and train.micro_batch_tokens=64 exclude each other; give one"]),
+        ("weak", {**TOKENS, "train__micro_batch_tokens": 47, "data__max_query_length": 32, "data__max_document_length": 48},
+         2, ["train.micro_batch_tokens=47 is below one text of 48 tokens", "data.max_document_length", "raise it"]),
+        ("weak", {**TOKENS, "train__micro_batch_tokens": 63}, 2, ["below one text of 64 tokens"]),
+        ("weak", {**TOKENS, "train__global_batch_size": 3}, 4, ["train.global_batch_size=3 is smaller than the dp=4 ranks"]),
+        ("pretrain", {"pooling__projection_dim": 8}, 2, ["pooling.projection_dim", "stage=pretrain", "remove it"]),
+        ("weak", {**TWO_NEGATIVES, "mining__skip_top": 9, "mining__window": 9}, 2,
+         ["mining.window=9 leaves nothing after mining.skip_top=9; widen the window"]),
+        ("weak", {**TWO_NEGATIVES, "mining__max_tokens": 71}, 2,
+         ["mining.max_tokens=71 is below one padded text of 72 tokens; use at least 72"]),
+        ("weak", {"contrastive__matryoshka_dims": [16, 64], "contrastive__matryoshka_weights": [1.0]}, 2,
+         ["contrastive.matryoshka_weights=[1.0]", "one weight for each", "contrastive.matryoshka_dims=[16, 64]"]),
+        ("weak", {"contrastive__matryoshka_weights": [1.0]}, 2, ["contrastive.matryoshka_dims=None"]),
+        ("weak", {"contrastive__matryoshka_dims": [16, 65]}, 2,
+         ["contrastive.matryoshka_dims=[16, 65] must be distinct sizes of at most 64", "model.hidden_size"]),
+        ("weak", {"contrastive__matryoshka_dims": [16, 32], "pooling__projection_dim": 24}, 2,
+         ["of at most 24", "pooling.projection_dim"]),
+        ("finetune", {"contrastive__matryoshka_dims": [16, 32, 16]}, 2, ["contrastive.matryoshka_dims=[16, 32, 16]"]),
+        ("weak", {"contrastive__in_batch_negatives": ["queries", "queries"]}, 2,
+         ["contrastive.in_batch_negatives=['queries', 'queries'] names one twice; each counts once"]),
+        ("weak", {"contrastive__in_batch_negatives": []}, 2,
+         ["contrastive.in_batch_negatives=[] with contrastive.num_hard_negatives=0", "set one of them"]),
         ("finetune", {"soft_mask__form": "learned"}, 2, ["soft_mask.form=learned", "stage=weak only"]),
         ("finetune", {"mining__every": 5}, 2, ["contrastive.num_hard_negatives > 0", "remove the section"]),
         ("finetune", {"mining__every": 5, "mining__pool_size": 3, "contrastive__num_hard_negatives": 4}, 2,
@@ -106,7 +164,10 @@ def test_what_does_not_fit_is_refused_with_a_remedy(stage, changes, world_size, 
 def test_the_remedies_that_name_numbers_work():
     for size in (80, 120):
         check_config(build("pretrain", train__global_batch_size=size, train__micro_batch_size=8), 5)
-    check_config(build("weak", train__global_batch_size=16, train__micro_batch_size=8), 2)
+    for size in (8, 16):
+        check_config(build("weak", train__global_batch_size=size), 2)
+    check_config(build("weak", **TOKENS), 2)
+    check_config(build("weak", **TWO_NEGATIVES, mining__max_tokens=72), 2)
 
 
 def test_data_parallel_size():
