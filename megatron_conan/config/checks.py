@@ -146,6 +146,7 @@ def _check_stage(config: RunConfig) -> None:
             )
         return
     _check_losses(config)
+    _check_prompts(config)
     if config.soft_mask.form == "learned" and config.stage != "weak":
         raise ValueError("soft_mask.form=learned is trained in stage=weak only; finetune runs at the final alpha")
     if config.mining is not None and config.contrastive.num_hard_negatives == 0:
@@ -171,6 +172,17 @@ def _check_mining(config: RunConfig) -> None:
         raise ValueError(
             f"mining.max_tokens={mining.max_tokens} is below one padded text of {longest} tokens; use at least {longest}"
         )
+
+
+def _check_prompts(config: RunConfig) -> None:
+    for i, source in enumerate(config.data.sources):
+        for key in ("query_prompt", "document_prompt"):
+            name = getattr(source, key)
+            if name and name not in config.prompts:
+                raise ValueError(
+                    f"data.sources.{i}.{key}={name} is not among the prompts ({', '.join(config.prompts) or 'none'}); add "
+                    f"prompts.{name}, or write {key}='' for none"
+                )
 
 
 def _check_losses(config: RunConfig) -> None:

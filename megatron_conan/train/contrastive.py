@@ -183,14 +183,12 @@ class Contrastive:
         query = side.query.index_select(0, relations.row_query)  # [q, e]
         positive = side.document.index_select(0, relations.positive_document)  # [p, e]
         positive_similarity = (query.index_select(0, relations.positive_row) * positive).sum(-1)
-        hard_similarity = None
-        if len(relations.negative_row):
-            hard = side.document.index_select(0, relations.negative_document)
-            hard_similarity = (query.index_select(0, relations.negative_row) * hard).sum(-1)
+        hard = side.document.index_select(0, relations.negative_document)
+        hard_similarity = (query.index_select(0, relations.negative_row) * hard).sum(-1)  # [m]
         banks, own = [], None
         if "documents" in settings.in_batch_negatives:
             banks.append(Bank(query, side.document, relations.documents))
-        elif hard_similarity is not None:
+        else:
             own = OwnNegatives(relations.negative_row, hard_similarity)
         if "queries" in settings.in_batch_negatives:
             banks.append(Bank(query, side.query, relations.queries))
@@ -280,9 +278,9 @@ def _mined_similarity(batch: PairBatch, query: Tensor, document: Tensor) -> Tens
 
 
 def _report_retrieval(
-    report: StepReport, loss: ContrastiveLoss, positive_similarity: Tensor, hard_similarity: Tensor | None
+    report: StepReport, loss: ContrastiveLoss, positive_similarity: Tensor, hard_similarity: Tensor
 ) -> None:
-    """Metrics of this rank's rows."""
+    """Metrics of this rank's rows; the same names on every rank, whatever it has."""
     num_rows, num_positives = len(loss.losses), len(positive_similarity)
     num_negatives = int(loss.num_negatives.sum().item())
     positive = positive_similarity.detach()
@@ -293,6 +291,5 @@ def _report_retrieval(
         "alignment": (alignment(positive).sum().item(), num_positives),
         "negatives_per_query": (float(num_negatives), num_rows),
         "masked_negatives": (float(loss.num_masked.sum().item()), num_rows),
+        "hard_negative_similarity": (hard_similarity.detach().sum().item(), len(hard_similarity)),
     }
-    if hard_similarity is not None:
-        report.means["hard_negative_similarity"] = (hard_similarity.detach().sum().item(), len(hard_similarity))

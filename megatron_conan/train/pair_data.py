@@ -44,7 +44,7 @@ class Pairs:
     def __init__(self, setup: Setup) -> None:
         """Open the sources."""
         config = setup.config
-        self.setup = setup
+        self.setup, self.formatter = setup, setup.formatter
         self.stores = [PairStore(source.prefix, setup.tokenizer) for source in config.data.sources]
         names = [store.name for store in self.stores]
         if len(set(names)) < len(names):
@@ -143,7 +143,7 @@ class _Texts:
     """The texts of a step, counted through, as the model takes them."""
 
     def __init__(self, data: Pairs, batches: list[PairBatch]) -> None:
-        self._formatter, self._batches = data.setup.formatter, batches
+        self._formatter, self._batches = data.formatter, batches
         self._starts = np.cumsum([0] + [batch.num_texts for batch in batches])
         self._prompts = [
             {
