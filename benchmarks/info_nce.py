@@ -12,15 +12,16 @@ machine. Few threads make steadier figures, since a thread that waits for anothe
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from recording import print_table, write_record
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
@@ -135,13 +136,6 @@ def run(case: Case) -> Measurement:
         return pool.submit(measure, case).result()
 
 
-def format_row(case: Case, found: Measurement) -> str:
-    """One line of the table."""
-    ratio, extra = found.cpu_seconds / found.gemm_cpu_seconds, found.peak_mb - found.base_mb
-    numbers = f"{found.seconds:9.2f} {found.cpu_seconds:9.2f} {ratio:9.2f} {found.peak_mb:9.0f} {extra:9.0f}"
-    return f"{case.loss:<10} {case.num_rows:>6} {numbers}"
-
-
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -167,22 +161,30 @@ def main() -> None:
         for loss in ("plain", "blockwise", "margin")
     ]
     cases.append(Case("blockwise", arguments.rows, repeats=1, **settings))
-    print(f"dim {arguments.dim}, block size {arguments.block_size}, {arguments.threads} threads")
-    print("loss         rows   seconds   cpu sec   / GEMMs   peak MB  extra MB")
     results: list[tuple[Case, Measurement]] = []
     for case in cases:
+        print(f"{case.loss}, {case.num_rows:,} rows ...", file=sys.stderr, flush=True)
         results.append((case, run(case)))
-        print(format_row(*results[-1]), flush=True)
     found = {(case.loss, case.num_rows): measurement for case, measurement in results}
-    for rows in arguments.compare:
-        plain, ours = found["plain", rows], found["blockwise", rows]
-        memory = (ours.peak_mb - ours.base_mb) / (plain.peak_mb - plain.base_mb)
-        print(
-            f"{rows} rows: {ours.cpu_seconds / plain.cpu_seconds:.2f} of plain torch's time, {memory:.3f} of its memory"
+    rows = []
+    for case, measured in results:
+        plain = found.get(("plain", case.num_rows))
+        extra = measured.peak_mb - measured.base_mb
+        rows.append(
+            {
+                "loss": case.loss,
+                "rows": case.num_rows,
+                "CPU-seconds": measured.cpu_seconds,
+                "/ its GEMMs": measured.cpu_seconds / measured.gemm_cpu_seconds,
+                "/ plain torch": measured.cpu_seconds / plain.cpu_seconds if plain else "",
+                "process peak, MB": measured.peak_mb,
+                "added by the loss, MB": extra,
+                "/ plain torch's": extra / (plain.peak_mb - plain.base_mb) if plain else "",
+            }
         )
+    print_table(f"InfoNCE, forward and backward: dim {arguments.dim}, blocks of {arguments.block_size}", rows)
     if arguments.output:
-        rows = [{**asdict(case), **asdict(measurement)} for case, measurement in results]
-        arguments.output.write_text(json.dumps(rows, indent=2) + "\n")
+        write_record(arguments.output, settings, {"info_nce": rows})
 
 
 if __name__ == "__main__":

@@ -2,20 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-
-
-def check_dims(dims: Sequence[int], width: int) -> None:
-    """ValueError unless `dims` are distinct widths from 1 to `width`, that of the whole embedding."""
-    wrong = [dim for dim in dims if not 1 <= dim <= width]
-    if wrong:
-        raise ValueError(f"matryoshka dims {list(dims)}: {wrong} not in 1..{width}, the embedding's width; remove them")
-    if len(set(dims)) < len(dims):
-        raise ValueError(f"matryoshka dims {list(dims)} must be distinct; name each one once")
 
 
 def truncate(embeddings: Tensor, dim: int) -> Tensor:

@@ -62,7 +62,7 @@ def test_training_on_real_pairs_beats_its_start(real_data: Path, tmp_path: Path)
         "--output",
         str(output),
     ]
-    command = [sys.executable, "-P", "benchmarks/real_pairs.py", *arguments]
+    command = [sys.executable, "benchmarks/real_pairs.py", *arguments]
     done = subprocess.run(command, cwd=ROOT, check=False, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "BM25" in done.stdout

@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 from megatron_conan.loss.cosent import cosent
 from megatron_conan.loss.embedding_metrics import alignment, uniformity_sum
 from megatron_conan.loss.lm import masked_sum
-from megatron_conan.loss.matryoshka import check_dims, truncate
+from megatron_conan.loss.matryoshka import truncate
 
 
 def dense_cosent(similarities: torch.Tensor, scores: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -100,19 +100,6 @@ def test_truncated_embeddings_are_unit_vectors_along_the_first_columns():
     zeros = torch.zeros(1, 4, requires_grad=True)
     truncate(zeros, 2).sum().backward()
     assert zeros.grad.isfinite().all()
-
-
-@pytest.mark.parametrize(
-    ("dims", "message"),
-    [([64, 0], r"\[64, 0\].*\[0\] not in 1\.\.64"), ([65, 8], r"\[65\] not in 1\.\.64"), ([8, 8], "distinct")],
-)
-def test_wrong_dims_are_refused(dims, message):
-    with pytest.raises(ValueError, match=message):
-        check_dims(dims, 64)
-
-
-def test_dims_from_one_to_the_width_are_taken():
-    check_dims([64, 1, 32], 64)
 
 
 def test_alignment_is_the_squared_distance():
