@@ -20,7 +20,9 @@ TINY_MODEL = {
     "max_seq_length": 64,
 }
 
-NO_PARALLEL: dict[str, Any] = {}
+VOLATILE = ("tokens_per_second", "step_seconds", "data_seconds", "memory_gib", "grad_norm")
+LAYOUT_DEPENDENT = ("wasted_tokens", "attention_padding")
+"""What texts cost depends on who embeds them together."""
 
 
 def tiny_config(stage: str, files: dict[str, Path], run_dir: Path, **sections: Any) -> RunConfig:
@@ -54,16 +56,24 @@ def train_layout(config: RunConfig) -> dict[str, Any]:
 
     trainer = build_test_trainer(config)
     losses: list[float] = []
+    metrics: list[dict[str, float]] = []
     norms: list[float] = []
     gradients: dict[str, Any] = {}
     while trainer.step < config.train.steps:
         values = loop.one_step(trainer)
         losses.append(values["loss"])
+        metrics.append({key: value for key, value in values.items() if key not in VOLATILE})
         norms.append(values["grad_norm"])
         if trainer.step <= 2 and not config.parallel.distributed_optimizer:  # there a rank reduces its own part only
             found = _by_global_name(trainer, lambda p: p.main_grad)
             gradients |= {f"step {trainer.step}: {name}": value for name, value in found.items()}
-    return {"losses": losses, "grad_norms": norms, "gradients": gradients, "weights": final_weights(trainer)}
+    return {
+        "losses": losses,
+        "metrics": metrics,
+        "grad_norms": norms,
+        "gradients": gradients,
+        "weights": final_weights(trainer),
+    }
 
 
 def train_run(config: RunConfig) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def _check_batch(config: RunConfig, world_size: int) -> None:
         )
     dp = data_parallel_size(config, world_size)
     if config.is_contrastive and t.micro_batch_tokens is not None:
-        _check_micro_batch_tokens(config, dp)
+        _check_micro_batch_tokens(config)
         return
     if t.micro_batch_tokens is not None:
         raise ValueError(
@@ -112,7 +112,7 @@ def _check_batch(config: RunConfig, world_size: int) -> None:
         )
 
 
-def _check_micro_batch_tokens(config: RunConfig, dp: int) -> None:
+def _check_micro_batch_tokens(config: RunConfig) -> None:
     t = config.train
     assert t.micro_batch_tokens is not None
     if t.micro_batch_size is not None:
@@ -125,10 +125,6 @@ def _check_micro_batch_tokens(config: RunConfig, dp: int) -> None:
         raise ValueError(
             f"train.micro_batch_tokens={t.micro_batch_tokens} is below one text of {longest} tokens "
             "(data.max_query_length, data.max_document_length); raise it, or shorten those"
-        )
-    if t.global_batch_size < dp:
-        raise ValueError(
-            f"train.global_batch_size={t.global_batch_size} is smaller than the dp={dp} ranks that share it"
         )
 
 

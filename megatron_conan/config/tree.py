@@ -106,8 +106,8 @@ class TrainConfig(Section):
     micro_batch_tokens: Positive | None = None
     """Contrastive stages, instead of `micro_batch_size`: tokens a data-parallel rank processes at once."""
     global_batch_size: Positive
-    """Samples of one optimizer step over all ranks; a multiple of dp, and of micro_batch_size x dp where that is given.
-    Contrastive losses are those of the whole global batch, however many micro-batches it takes."""
+    """Samples of one optimizer step over all ranks; a multiple of micro_batch_size x dp where that is given. Contrastive losses
+    are those of the whole global batch, however many micro-batches it takes."""
     seed: Annotated[int, Field(ge=0)] = 1234
     """Seed of initialisation, shuffling and sampling."""
     precision: Literal["fp32", "bf16"] = "fp32"

@@ -1,4 +1,4 @@
-"""Batches as named fields with shapes. Legend: b micro-batch, s sequence, n texts, q queries, D documents."""
+"""Batches as named fields with shapes. Legend: b micro-batch, s sequence, n texts."""
 
 from __future__ import annotations
 
@@ -46,54 +46,6 @@ class LMBatch:
             labels=self.labels.to(device, non_blocking=True),
             loss_mask=self.loss_mask.to(device, non_blocking=True),
             lengths=self.lengths.to(device, non_blocking=True),
-        )
-
-
-@dataclass
-class PairBatch:
-    """Queries with their documents, all of one source.
-
-    Documents are ordered: the q positives first (document i is the positive of query i), then the negatives,
-    grouped by query in slot order. Queries may have different numbers of negatives.
-    """
-
-    source: str
-    """Name of the data source."""
-    task: str
-    """"retrieval" or "sts"."""
-    rows: torch.Tensor
-    """[q] int64, row numbers in the source."""
-    query_ids: torch.Tensor
-    """[q] int64, text ids."""
-    query: TextBatch
-    """[q, s]."""
-    document: TextBatch
-    """[D, s]."""
-    document_ids: torch.Tensor
-    """[D] int64, text ids."""
-    document_query: torch.Tensor
-    """[D] int64, local index of the query the document belongs to."""
-    is_positive: torch.Tensor
-    """[D] bool."""
-    slots: torch.Tensor
-    """[D] int64, slot in the negatives table; -1 for positives and for negatives that are not mined."""
-    scores: torch.Tensor
-    """[q] float32, similarity label (sts); NaN elsewhere."""
-
-    def to(self, device: torch.device | str) -> PairBatch:
-        """The same batch on `device`."""
-        return PairBatch(
-            source=self.source,
-            task=self.task,
-            rows=self.rows.to(device, non_blocking=True),
-            query_ids=self.query_ids.to(device, non_blocking=True),
-            query=self.query.to(device),
-            document=self.document.to(device),
-            document_ids=self.document_ids.to(device, non_blocking=True),
-            document_query=self.document_query.to(device, non_blocking=True),
-            is_positive=self.is_positive.to(device, non_blocking=True),
-            slots=self.slots.to(device, non_blocking=True),
-            scores=self.scores.to(device, non_blocking=True),
         )
 
 

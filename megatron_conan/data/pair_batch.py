@@ -17,6 +17,8 @@ from megatron_conan.data.format import TextKind
 from megatron_conan.data.pairs import PairStore
 
 NO_PAIRS = np.empty((2, 0), np.int64)
+HUB_QUERIES = 32
+"""A text related to more queries of a batch than this is a hub."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,14 @@ class PairBatch:
     slots: np.ndarray
     """[m] slot in the table of mined negatives; -1 for negatives that are not mined."""
     related: np.ndarray
-    """[2, n] (query, document) that are no negatives of each other: known positives, and a query's own text; sorted."""
+    """[2, n] (query, document) that are no negatives of each other, sorted: what any row of the source, in the batch or not,
+    names a positive of the query, and the query's own text."""
+    alike: np.ndarray
+    """[2, n] (query, query) that are no negatives of each other, sorted, each with itself: one's related texts are the
+    other's. Those that share a hub are left out."""
+    hubs: np.ndarray
+    """[a, k] ids of the texts related to a query and to more than HUB_QUERIES in all, -1 behind the last. Queries with a
+    common hub are alike: listing such pairs (labels as documents, say) would take the square of the batch."""
     scores: np.ndarray
     """[q] float32 similarity labels (sts), NaN elsewhere."""
     query_labels: np.ndarray | None = None
@@ -98,7 +107,7 @@ def build_pair_batch(
     else:
         positive = _draw(store.positive_ids, store.positive_offsets, rows, num_positives, rng)
         negative = _draw(store.negative_ids, store.negative_offsets, rows, num_negatives, rng)
-        known = _rows_values(store.positive_ids, store.positive_offsets, rows)
+        known = _known_positives(store, query_ids)
     slots = np.full(negative.shape[1], -1, dtype=np.int64)
     if mined is not None:
         row, slots = np.nonzero(mined >= 0)
@@ -106,7 +115,10 @@ def build_pair_batch(
     document_ids, place = np.unique(np.concatenate([positive[1], negative[1]]), return_inverse=True)
     positive = np.stack([positive[0], place[: positive.shape[1]]])
     negative = np.stack([negative[0], place[positive.shape[1] :]])
-    related = _related(query_ids, document_ids, row_query, known)
+    own_text = np.stack([np.arange(len(query_ids)), query_ids])
+    known = np.unique(np.concatenate([known, own_text], axis=1), axis=1)
+    related = _related(known, document_ids)
+    alike, hubs = _alike(known, len(query_ids))
     # another row of the same query may name a negative of this one as a positive
     kept = ~_contains(related, np.stack([row_query[negative[0]], negative[1]]), len(document_ids))
     return PairBatch(
@@ -119,6 +131,8 @@ def build_pair_batch(
         negative=negative[:, kept],
         slots=slots[kept],
         related=related,
+        alike=alike,
+        hubs=hubs,
         scores=np.full(len(rows), np.nan, np.float32) if store.scores is None else store.scores[rows],
         **_labels(store, rows, row_query, query_ids, document_ids),
     )
@@ -165,14 +179,47 @@ def _draw_by_class(
     return positive, negative
 
 
-def _related(query_ids: np.ndarray, document_ids: np.ndarray, row_query: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """[2, n] distinct (query, document): positives of any row with this query that are in the batch, and its own text."""
-    pairs = [np.stack([row_query[known[0]], known[1]]), np.stack([np.arange(len(query_ids)), query_ids])]
-    query, text = np.concatenate(pairs, axis=1)
-    document = np.searchsorted(document_ids, text)
+def _known_positives(store: PairStore, query_ids: np.ndarray) -> np.ndarray:
+    """[2, n] (place in `query_ids`, text id): the positives of all the source's rows with these queries."""
+    begin, end = (
+        np.searchsorted(store.query_ids, query_ids, side=side, sorter=store.query_order) for side in ("left", "right")
+    )
+    place = np.repeat(np.arange(len(query_ids)), end - begin)
+    within = np.arange(len(place)) - np.repeat(np.cumsum(end - begin) - (end - begin), end - begin)
+    row, text = _rows_values(store.positive_ids, store.positive_offsets, store.query_order[begin[place] + within])
+    return np.stack([place[row], text])
+
+
+def _related(known: np.ndarray, document_ids: np.ndarray) -> np.ndarray:
+    """[2, n] (query, document): the pairs (query, text id) of `known` whose text is a document of the batch; sorted."""
+    document = np.searchsorted(document_ids, known[1])
     there = document < len(document_ids)
-    there[there] = document_ids[document[there]] == text[there]
-    return np.unique(np.stack([query[there], document[there]]), axis=1)
+    there[there] = document_ids[document[there]] == known[1, there]
+    return np.stack([known[0, there], document[there]])
+
+
+def _alike(known: np.ndarray, num_queries: int) -> tuple[np.ndarray, np.ndarray]:
+    """`PairBatch.alike` and `hubs` of the distinct, sorted pairs (query, text id)."""
+    _, text, counts = np.unique(known[1], return_inverse=True, return_counts=True)
+    is_hub = counts[text] > HUB_QUERIES
+    hub_query, hub_text = known[:, is_hub]
+    column = np.arange(len(hub_query)) - np.searchsorted(hub_query, hub_query)
+    hubs = np.full((num_queries, column.max(initial=-1) + 1), -1, np.int64)
+    hubs[hub_query, column] = hub_text
+    query, text = known[0, ~is_hub], text[~is_hub]
+    by_text = np.stack([text, query])[:, np.lexsort((query, text))]
+    place, other = pairs_of(by_text, text)
+    itself = np.arange(num_queries)
+    pairs = np.concatenate([np.stack([query[place], other]), np.stack([itself, itself])], axis=1)
+    return np.unique(pairs, axis=1), hubs
+
+
+def pairs_of(pairs: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """[2, n] (place in `wanted`, second) of all `pairs`, sorted by their first, whose first is in `wanted`."""
+    begin, end = (np.searchsorted(pairs[0], wanted, side=side) for side in ("left", "right"))
+    place = np.repeat(np.arange(len(wanted)), end - begin)
+    within = np.arange(len(place)) - np.repeat(np.cumsum(end - begin) - (end - begin), end - begin)
+    return np.stack([place, pairs[1, begin[place] + within]])
 
 
 def _contains(pairs: np.ndarray, wanted: np.ndarray, num_documents: int) -> np.ndarray:

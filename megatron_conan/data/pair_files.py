@@ -31,7 +31,7 @@ from megatron_conan.data.text_files import (
 )
 from megatron_conan.data.tokenizer import Tokenizer
 
-PAIR_FORMAT = "megatron_conan pairs 1"
+PAIR_FORMAT = "megatron_conan pairs 2"
 TASKS = ("retrieval", "sts", "sft", "classification")
 CHUNK_CHARACTERS = 2 << 20
 """Text handed to a tokenising process at a time."""
@@ -221,6 +221,7 @@ def _write_arrays(table: PairTable, task: str, folder: Path) -> list[str]:
     """Write the .npy files; returns their suffixes."""
     arrays: dict[str, np.ndarray] = {
         "query": np.frombuffer(table.query, dtype=np.int64),
+        "query_order": np.argsort(np.frombuffer(table.query, dtype=np.int64), kind="stable"),
         "positives": np.array(table.positives, dtype=np.int64),
         "positives_offsets": np.frombuffer(table.positives_offsets, dtype=np.int64),
         "negatives": np.array(table.negatives, dtype=np.int64),

@@ -40,6 +40,8 @@ class PairStore:
         self._texts = IndexedFile(self.prefix)
         self.query_ids: np.ndarray = self._load("query")
         """[R] int64 text id of each row's query."""
+        self.query_order: np.ndarray = self._load("query_order")
+        """[R] int64 rows in the order of their queries' ids, with which all rows of a query are found."""
         self.positive_ids: np.ndarray = self._load("positives")
         """int64 text ids of all rows' positives; row r has those from `positive_offsets[r]` to `[r + 1]`."""
         self.positive_offsets: np.ndarray = self._load("positives_offsets")

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,8 @@ class Exclusions:
     """[k, m] int64. Excluded where any of the m columns agrees; a key < 0 agrees with nothing."""
     pairs: Tensor
     """[2, n] int64 (anchor index, candidate index), excluded one by one. In any order; twice is once."""
+    _plans: dict[int, _Plan] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """By block size: made once for the same exclusions at several embedding sizes."""
 
     @classmethod
     def nothing(cls, num_anchors: int, num_candidates: int, device: torch.device | str = "cpu") -> Exclusions:
@@ -101,7 +103,9 @@ def negative_logsumexp(
     dtype = torch.promote_types(torch.promote_types(anchor.dtype, candidate.dtype), torch.float32)
     scale = 1 / (temperature * math.log(2))  # cosine -> base-2 logit, before anything is masked
     limit = None if ceiling is None else (ceiling.detach().to(dtype) * scale).clamp(min=_FLOOR)
-    plan = _plan(excluded, block_size)
+    if block_size not in excluded._plans:
+        excluded._plans[block_size] = _plan(excluded, block_size)
+    plan = excluded._plans[block_size]
     result, *seen = _LogSumExp2.apply(anchor.to(dtype) * scale, candidate.to(dtype), limit, plan)
     count, masked, highest, total = seen
     return result * math.log(2), NegativeStatistics(count, masked, highest / scale, total / scale)

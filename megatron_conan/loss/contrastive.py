@@ -43,7 +43,7 @@ class ContrastiveLoss:
     losses: Tensor
     """[q] fp32, one loss a row; carries the gradient."""
     correct: Tensor
-    """[q] bool: every positive of the row scored above every negative that counts."""
+    """[q] bool: every positive of the row scored above every negative that counts, and there is one."""
     num_negatives: Tensor
     """[q] int64, negatives that count."""
     num_masked: Tensor
@@ -98,7 +98,7 @@ def info_nce_loss(
     losses = torch.zeros_like(negatives).index_add(0, positive_row, terms)
     losses = losses / torch.bincount(positive_row, minlength=num_rows)
     seen = _add_statistics([statistics for _, statistics in parts], lowest)
-    return ContrastiveLoss(losses, lowest > seen.highest, seen.count, seen.masked, seen.total)
+    return ContrastiveLoss(losses, (lowest > seen.highest) & (seen.count > 0), seen.count, seen.masked, seen.total)
 
 
 def _own_logsumexp(

@@ -54,6 +54,8 @@ def initialize_distributed(timeout_minutes: float = 30.0) -> torch.device:
     Returns:
         This rank's device.
     """
+    # some containers switch TF32 on: similarities are promised in fp32
+    torch.set_float32_matmul_precision("highest")
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

@@ -6,8 +6,9 @@ Shapes: `n` texts of the global batch, `m` those this rank embeds, `e` embedding
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -101,7 +102,12 @@ class Contrastive:
             report.means["negatives_replaced"] = (float(replaced), 1)  # the same on every rank: a mean, not a total
         return [report]
 
-    def _schedule(self, chunks: list[DistributedDataParallel], step: PairStep, loss: object | None) -> list[Tensor]:
+    def _schedule(
+        self,
+        chunks: list[DistributedDataParallel],
+        step: PairStep,
+        loss: Callable[[int, Tensor], tuple[Tensor, Tensor, StepReport]] | None,
+    ) -> list[Tensor]:
         """One pass over the micro-batches: forward only without a loss."""
 
         def forward_step(
@@ -109,7 +115,7 @@ class Contrastive:
         ) -> tuple[Tensor, LossFunction | None]:
             index, batch = next(batches)
             embeddings = model(batch.tokens, batch.sequences, prompt_lengths=batch.prompt_lengths)
-            return embeddings, None if loss is None else lambda output: loss(index, output)  # type: ignore[operator]
+            return embeddings, None if loss is None else partial(loss, index)
 
         return run_schedule(
             chunks,
@@ -147,7 +153,11 @@ class Contrastive:
         report.means["loss"] = (total.item(), self._num_own_rows(step))
         query, document = texts.detach()[: main.num_texts].split([len(main.query_ids), len(main.document_ids)])
         self._report_batch(step, query, report)
-        own_gradient = return_gradient(gradient.index_select(0, place), step.sizes, context.dp_group)
+        own_gradient = return_gradient(gradient.index_select(0, place), step.sizes, context.dp_group).contiguous()
+        if context.tp_size > 1:
+            # tensor ranks add by index each for itself, on a GPU in any order: their replicated weights must not drift apart
+            assert context.tp_group is not None
+            dist.broadcast(own_gradient, dist.get_process_group_ranks(context.tp_group)[0], group=context.tp_group)
         return Settled(own_gradient, report, _mined_similarity(main, query, document))
 
     def _loss_sum(self, batch: PairBatch, texts: Tensor, num_rows: int, report: StepReport) -> Tensor:
@@ -157,7 +167,16 @@ class Contrastive:
         """
         settings, context = self.setup.config.contrastive, self.setup.context
         begin, end = own_rows(batch, context.dp_rank, context.dp_size)
-        relations = None if batch.task == "sts" else row_relations(batch, begin, end, texts.device)
+        relations = None
+        if batch.task != "sts":
+            relations = row_relations(
+                batch,
+                begin,
+                end,
+                texts.device,
+                with_queries="queries" in settings.in_batch_negatives,
+                with_positives=settings.symmetric,
+            )
         whole = texts.shape[1]
         dims = settings.matryoshka_dims or [whole]
         dim_weights = settings.matryoshka_weights or [1.0] * len(dims)
@@ -183,14 +202,16 @@ class Contrastive:
         query = side.query.index_select(0, relations.row_query)  # [q, e]
         positive = side.document.index_select(0, relations.positive_document)  # [p, e]
         positive_similarity = (query.index_select(0, relations.positive_row) * positive).sum(-1)
-        hard = side.document.index_select(0, relations.negative_document)
-        hard_similarity = (query.index_select(0, relations.negative_row) * hard).sum(-1)  # [m]
+        in_batch = "documents" in settings.in_batch_negatives
+        with torch.set_grad_enabled(not in_batch):  # a metric only, where the bank of documents holds them
+            hard = side.document.index_select(0, relations.negative_document)
+            hard_similarity = (query.index_select(0, relations.negative_row) * hard).sum(-1)  # [m]
         banks, own = [], None
-        if "documents" in settings.in_batch_negatives:
+        if in_batch:
             banks.append(Bank(query, side.document, relations.documents))
         else:
             own = OwnNegatives(relations.negative_row, hard_similarity)
-        if "queries" in settings.in_batch_negatives:
+        if relations.queries is not None:
             banks.append(Bank(query, side.query, relations.queries))
         if "same_side" in settings.in_batch_negatives:
             first = side.document.index_select(0, relations.first_positive)
@@ -205,7 +226,7 @@ class Contrastive:
             margin=settings.false_negative_margin,
         )
         losses = loss.losses
-        if settings.symmetric:
+        if relations.positives is not None:
             losses = 0.5 * (losses + self._reverse_losses(relations, positive, positive_similarity, side.query))
         if report is not None:
             _report_retrieval(report, loss, positive_similarity, hard_similarity)
@@ -215,8 +236,8 @@ class Contrastive:
         self, relations: RowRelations, positive: Tensor, positive_similarity: Tensor, query: Tensor
     ) -> Tensor:
         """[q] loss of finding the query of each positive among the queries of all ranks; mean over a row's positives."""
-        settings = self.setup.config.contrastive
-        num_positives = len(positive)
+        settings, num_positives = self.setup.config.contrastive, len(positive)
+        assert relations.positives is not None
         losses = info_nce_loss(
             torch.arange(num_positives, device=positive.device),
             positive_similarity,

@@ -53,6 +53,8 @@ class Pairs:
         self.sources = dict(zip(names, config.data.sources, strict=True))
         self.negatives: dict[str, NegativesTable] = {}
         self.pad_multiple = pad_multiple(config.parallel.tensor)
+        for store in self.stores:
+            self._check_source(store)
         balance = config.contrastive.batch_balance
         main, scored = self.stores, []
         if balance is not None:
@@ -67,6 +69,24 @@ class Pairs:
         if balance is not None:
             self._streams.append(_Stream(self, scored, balance.scored_batch_size))
 
+    def _check_source(self, store: PairStore) -> None:
+        """Raise ValueError for a source that no step could train on as configured."""
+        config, source = self.setup.config, self.sources[store.name]
+        settings = config.contrastive
+        if store.task == "sft":
+            raise ValueError(f"{store.prefix} holds sft rows, which are no pairs; use it in the sft stage")
+        if settings.batch_balance is not None and store.task == "sts" and source.batch_size is not None:
+            raise ValueError(
+                f"{store.prefix}: contrastive.batch_balance.scored_batch_size={settings.batch_balance.scored_batch_size} and "
+                f"the source's batch_size={source.batch_size} exclude each other; give one"
+            )
+        own_only = not settings.in_batch_negatives and config.mining is None and store.task == "retrieval"
+        if own_only and not len(store.negative_ids):
+            raise ValueError(
+                f"{store.prefix} holds no negatives, and contrastive.in_batch_negatives=[] gives none; add section mining, or "
+                "in-batch negatives"
+            )
+
     def batch(self, step: int) -> PairStep:
         """Step `step` (from 1). Negatives are those in use at this moment."""
         config, context = self.setup.config, self.setup.context
@@ -78,7 +98,8 @@ class Pairs:
         num_parts = None
         if train.micro_batch_tokens is None:
             assert train.micro_batch_size is not None
-            num_parts = -(-len(batches[0].rows) // (train.micro_batch_size * context.dp_size))
+            num_rows = sum(len(batch.rows) for batch in batches)
+            num_parts = -(-num_rows // (train.micro_batch_size * context.dp_size))
         parts = [own[part] for part in split_texts(texts.lengths[own], train.micro_batch_tokens, num_parts)]
         # the interleaved schedule takes whole rounds of micro-batches
         rounds = context.pp_size if config.parallel.virtual_pipeline else 1

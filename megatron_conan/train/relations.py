@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_conan.data.pair_batch import PairBatch
+from megatron_conan.data.pair_batch import PairBatch, pairs_of
 from megatron_conan.loss.blockwise import Exclusions
 
 
@@ -35,9 +35,9 @@ class RowRelations:
     """[m]."""
     documents: Exclusions
     """[q] rows against [d] documents: known positives, the query's own text, the row's class."""
-    queries: Exclusions
-    """[q] rows against [a] queries: itself, those that share a positive, the row's class."""
-    positives: Exclusions
+    queries: Exclusions | None
+    """[q] rows against [a] queries: itself, those that share a known positive, the row's class."""
+    positives: Exclusions | None
     """[p] positives against [a] queries: those that the positive belongs to, its class."""
 
 
@@ -47,18 +47,18 @@ def own_rows(batch: PairBatch, dp_rank: int, dp_size: int) -> tuple[int, int]:
     return num_rows * dp_rank // dp_size, num_rows * (dp_rank + 1) // dp_size
 
 
-def row_relations(batch: PairBatch, begin: int, end: int, device: torch.device) -> RowRelations:
-    """Relations of the rows begin .. end - 1 of a global batch."""
+def row_relations(
+    batch: PairBatch,
+    begin: int,
+    end: int,
+    device: torch.device,
+    *,
+    with_queries: bool = True,
+    with_positives: bool = True,
+) -> RowRelations:
+    """Relations of the rows begin .. end - 1 of a global batch; `queries` and `positives` only where they are needed."""
     row_query = batch.row_query[begin:end]
     positive, negative = (_between(pairs, begin, end) for pairs in (batch.positive, batch.negative))
-    by_document = batch.related[::-1][:, np.lexsort((batch.related[0], batch.related[1]))]  # (document, query), sorted
-    documents = _pairs_of(batch.related, row_query)
-    shared = _pairs_of(by_document, documents[1])  # (place in documents, query that shares it)
-    queries = np.concatenate(
-        [np.stack([documents[0][shared[0]], shared[1]]), [np.arange(end - begin), row_query]], axis=1
-    )
-    own = np.stack([np.arange(positive.shape[1]), row_query[positive[0]]])
-    positives = np.concatenate([_pairs_of(by_document, positive[1]), own], axis=1)
     query_labels, document_labels = batch.query_labels, batch.document_labels
     if query_labels is None or document_labels is None:  # no classes, no keys
         query_labels = np.empty((len(batch.query_ids), 0), np.int64)
@@ -69,10 +69,30 @@ def row_relations(batch: PairBatch, begin: int, end: int, device: torch.device) 
     def tensor(array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
-    def exclusions(anchors: np.ndarray, candidates: np.ndarray, pairs: np.ndarray) -> Exclusions:
-        return Exclusions(tensor(anchors), tensor(candidates), tensor(pairs))
+    def exclusions(anchor_keys: np.ndarray, candidate_keys: np.ndarray, pairs: np.ndarray) -> Exclusions:
+        return Exclusions(tensor(anchor_keys), tensor(candidate_keys), tensor(pairs))
 
-    row_labels = query_labels[row_query]
+    documents = exclusions(query_labels[row_query], document_labels, pairs_of(batch.related, row_query))
+    num_hubs = batch.hubs.shape[1]
+    queries = positives = None
+    if with_queries:  # a common hub at any of the places
+        anchor_hubs, candidate_hubs = np.repeat(batch.hubs, num_hubs, axis=1), np.tile(batch.hubs, num_hubs)
+        queries = exclusions(
+            np.hstack([query_labels, anchor_hubs])[row_query],
+            np.hstack([query_labels, candidate_hubs]),
+            pairs_of(batch.alike, row_query),
+        )
+    if with_positives:
+        is_hub = np.isin(batch.document_ids, batch.hubs)
+        hub_ids = np.where(is_hub, batch.document_ids, -1)[:, None].repeat(num_hubs, axis=1)
+        listed = batch.related[:, ~is_hub[batch.related[1]]]
+        by_document = listed[::-1][:, np.lexsort(listed)]  # (document, query), sorted
+        own = np.stack([np.arange(positive.shape[1]), row_query[positive[0]]])
+        positives = exclusions(
+            np.hstack([document_labels, hub_ids])[positive[1]],
+            np.hstack([query_labels, batch.hubs]),
+            np.concatenate([pairs_of(by_document, positive[1]), own], axis=1),
+        )
     return RowRelations(
         num_rows=end - begin,
         row_query=tensor(row_query),
@@ -81,9 +101,9 @@ def row_relations(batch: PairBatch, begin: int, end: int, device: torch.device) 
         first_positive=tensor(positive[1][np.searchsorted(positive[0], np.arange(end - begin))]),
         negative_row=tensor(negative[0]),
         negative_document=tensor(negative[1]),
-        documents=exclusions(row_labels, document_labels, documents),
-        queries=exclusions(row_labels, query_labels, queries),
-        positives=exclusions(document_labels[positive[1]], query_labels, positives),
+        documents=documents,
+        queries=queries,
+        positives=positives,
     )
 
 
@@ -91,11 +111,3 @@ def _between(pairs: np.ndarray, begin: int, end: int) -> np.ndarray:
     """[2, n] the (row, document) pairs of rows begin .. end - 1, with rows counted from begin."""
     first, last = np.searchsorted(pairs[0], (begin, end))
     return np.stack([pairs[0, first:last] - begin, pairs[1, first:last]])
-
-
-def _pairs_of(pairs: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """[2, n] (place in `wanted`, second) of all sorted `pairs` whose first is in `wanted`."""
-    starts, ends = (np.searchsorted(pairs[0], wanted, side=side) for side in ("left", "right"))
-    place = np.repeat(np.arange(len(wanted)), ends - starts)
-    within = np.arange(len(place)) - np.repeat(np.cumsum(ends - starts) - (ends - starts), ends - starts)
-    return np.stack([place, pairs[1, starts[place] + within]])

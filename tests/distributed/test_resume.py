@@ -13,6 +13,7 @@ from gloo_pool import WorkerPool
 from layouts import assemble, tiny_config, train_run
 
 from megatron_conan.config import RunConfig
+from megatron_conan.config.tree import PoolingConfig
 
 MINING = {
     "mining": {"every": 3, "pool_size": 8, "window": 40},
@@ -77,30 +78,36 @@ def test_resumes_under_another_layout(workers: WorkerPool, tiny_data: dict[str, 
 
 
 def test_stages_start_from_each_other(workers: WorkerPool, tiny_data: dict[str, Path], tmp_path: Path) -> None:
-    """pretrain (tp 2) -> weak with a learned mask -> finetune: weights are handed on, heads and theta are not."""
+    """pretrain (tp 2) -> weak (learned mask, projection) -> finetune: weights are handed on, heads and theta are not."""
     pretrain = tmp_path / "pretrain"
     first = workers.run(train_run, 2, _config("pretrain", tiny_data, pretrain, parallel={"tensor": 2}))
     learned = {"form": "learned", "schedule": "linear"}
-    contrastive = {"temperature": 0.05}
+    contrastive, projection = {"temperature": 0.05}, {"projection_dim": 48}
     train = {"steps": 1, "micro_batch_size": 8, "global_batch_size": 8}
     weak = _config(
-        "weak", tiny_data, tmp_path / "weak", soft_mask=learned, contrastive=contrastive, train=train,
+        "weak", tiny_data, tmp_path / "weak", soft_mask=learned, contrastive=contrastive, train=train, pooling=projection,
         optimizer={"lr": 1e-12}, checkpoint={"init_from": str(pretrain)},
     )  # fmt: skip
     second = workers.run(train_run, 1, weak)
     opened = {"schedule": "constant", "alpha": 1.0}
     finetune = _config(
         "finetune", tiny_data, tmp_path / "finetune", train=train, optimizer={"lr": 1e-12}, soft_mask=opened,
-        checkpoint={"init_from": str(tmp_path / "weak")},
+        pooling=projection, checkpoint={"init_from": str(tmp_path / "weak")},
     )  # fmt: skip
     third = workers.run(train_run, 1, finetune)
     expected = assemble([rank["weights"] for rank in first])
+    projected = assemble([rank["weights"] for rank in second])
     for ranks in (second, third):
         found = assemble([rank["weights"] for rank in ranks])
-        assert {name for name in found if "theta" not in name} == set(expected)
+        assert {name for name in found if "theta" not in name} == {*expected, "projection.weight"}
+        np.testing.assert_allclose(found["projection.weight"], projected["projection.weight"], atol=1e-9)
         for name, array in expected.items():
             np.testing.assert_allclose(found[name], array, atol=1e-9, err_msg=name)
     assert not any("theta" in name for name in assemble([rank["weights"] for rank in third]))
+    with pytest.raises(ValueError, match=r"trained with pooling\.projection_dim=48, not None; set it to that"):
+        workers.run(
+            train_run, 1, finetune.model_copy(update={"pooling": PoolingConfig(), "run_dir": tmp_path / "other"})
+        )
 
 
 def _train_poisoned(config: RunConfig, what: str) -> str:
