@@ -34,7 +34,7 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
     """Work out the sizes; the config must have passed `check_config` for this world size."""
     p, t = config.parallel, config.train
     dp = data_parallel_size(config, world_size)
-    parameters = count_parameters(config.model)
+    parameters = count_parameters(config.model) + config.model.hidden_size * (config.pooling.projection_dim or 0)
     table = config.model.vocab_size * config.model.hidden_size  # whole on the first and on the last stage
     own = ((parameters - table) / p.pipeline + table) / p.tensor
     weights = 2 if t.precision == "bf16" else 4
