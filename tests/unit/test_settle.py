@@ -5,13 +5,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_pair_data import builder, stores  # noqa: F401
+from pair_builder import builder, stores
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from megatron_conan.config.tree import ContrastiveConfig
 from megatron_conan.data.pair_batch import PairBatch
 from megatron_conan.train.contrastive import Contrastive
+
+__all__ = ["builder", "stores"]
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -104,7 +106,7 @@ def whole_loss(batches: list[PairBatch], texts: Tensor, c: ContrastiveConfig) ->
 
 @pytest.mark.parametrize("source", ["small", "labelled", "scored"])
 @pytest.mark.parametrize("options", OPTIONS)
-def test_the_loss_is_the_configs(builder, options, source):  # noqa: F811
+def test_the_loss_is_the_configs(builder, options, source):
     contrastive = {"temperature": 0.1, **OPTIONS[options]}
     if contrastive.get("batch_balance") and source == "scored":
         pytest.skip("scored pairs stand beside another source")
