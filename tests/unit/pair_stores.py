@@ -40,10 +40,10 @@ def random_rows(task: str, seed: int) -> list[dict[str, Any]]:
     num_rows = int(rng.integers(8, MAX_ROWS + 1))
 
     def draw(low: int, high: int) -> list[str]:
-        return [f"text {i}" for i in rng.integers(0, 30, int(rng.integers(low, high)))]
+        return [f"text {i}" for i in rng.integers(0, 60, int(rng.integers(low, high)))]
 
     if task == "retrieval":
-        return [{"query": f"text {rng.integers(0, 14)}", "pos": draw(1, 5), "neg": draw(0, 7)} for _ in range(num_rows)]
+        return [{"query": f"text {rng.integers(0, 20)}", "pos": draw(1, 5), "neg": draw(0, 7)} for _ in range(num_rows)]
     if task == "sts":
         return [
             {"text1": draw(1, 2)[0], "text2": draw(1, 2)[0], "score": int(rng.integers(0, 5))} for _ in range(num_rows)

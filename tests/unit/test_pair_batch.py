@@ -1,8 +1,10 @@
 """Global batches: each text once, each row's own texts, choices that the generator alone settles; against plain loops."""
 
+from collections import Counter
 from collections.abc import Iterable
 from itertools import combinations
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pair_stores import ROWS, random_stores, write_store
 
+from megatron_conan.data import pair_batch
 from megatron_conan.data.pair_batch import PairBatch, build_pair_batch
 from megatron_conan.data.pairs import PairStore
 
@@ -35,8 +38,8 @@ def of_row(batch: PairBatch, pairs: np.ndarray, i: int) -> list[int]:
 
 
 def known_positives(batch: PairBatch, query: int) -> set[int]:
-    """What any row of the batch names a positive of this text, and the text itself."""
-    rows = [row for row in batch.rows.tolist() if batch.store.query(row) == query]
+    """What any row of the source names a positive of this text, in the batch or not, and the text itself."""
+    rows = np.flatnonzero(batch.store.query_ids == query).tolist()
     return {query} | {int(text) for row in rows for text in batch.store.positives(row)}
 
 
@@ -59,10 +62,33 @@ def check_layout(batch: PairBatch) -> None:
         if document in known_positives(batch, query)
     ]
     assert [tuple(pair) for pair in batch.related.T.tolist()] == expected
+    check_queries(batch)
     texts = [batch.text(i) for i in range(batch.num_texts)]
     expected_texts = [("query", i) for i in batch.query_ids.tolist()]
     assert texts == expected_texts + [("document", i) for i in batch.document_ids.tolist()]
     assert (batch.task, batch.scores.dtype) == (store.task, np.float32)
+
+
+def check_queries(batch: PairBatch) -> None:
+    """Queries that share a known text: listed, or, where more than HUB_QUERIES share it, by the text's id."""
+    known = [known_positives(batch, query) for query in batch.query_ids.tolist()]
+    shared_by = Counter(text for texts in known for text in texts)
+    hubs = {text for text, count in shared_by.items() if count > pair_batch.HUB_QUERIES}
+    numbers = range(len(known))
+    alike = [(a, b) for a in numbers for b in numbers if a == b or known[a] & known[b] - hubs]
+    assert [tuple(pair) for pair in batch.alike.T.tolist()] == alike
+    width = max(len(texts & hubs) for texts in known)
+    assert batch.hubs.shape == (len(known), width)
+    for texts, row in zip(known, batch.hubs.tolist(), strict=True):
+        assert sorted(row, key=lambda text: (text < 0, text)) == row  # -1 behind the last
+        assert [text for text in row if text >= 0] == sorted(texts & hubs)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(task=st.sampled_from(["retrieval", "sts"]), store=st.integers(0, 11), rows=ROWS, limit=st.integers(0, 4))
+def test_texts_of_many_queries_are_hubs(stores, task, store, rows, limit):
+    with mock.patch.object(pair_batch, "HUB_QUERIES", limit):
+        check_layout(build(stores[task][store], rows, 0, num_positives=2, num_negatives=2))
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
@@ -276,7 +302,7 @@ def test_a_negative_that_another_row_knows_as_positive_is_dropped(tmp_path, toke
     together = build(store, range(4), 0, num_positives=9, num_negatives=9)
     assert negatives(together) == [["c", "d"], ["d"], ["b", "q"], ["a"]]
     alone = build(store, [0], 0, num_positives=9, num_negatives=9)
-    assert negatives(alone) == [["b", "c", "d"]]
+    assert negatives(alone) == [["c", "d"]]  # the row that says so isn't in the batch
     mined = np.array([[store.positives(1)[0], -1, store.query(0), store.positives(3)[0]]] * 2)
     batch = build(store, [0, 1], 0, mined=mined)
     assert negatives(batch) == [["g"], ["g"]]

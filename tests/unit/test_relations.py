@@ -1,6 +1,7 @@
 """What is a negative of what, over all pairs by hand: known positives, a query's own text, and its class never are."""
 
 from dataclasses import dataclass
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from pair_stores import ROWS, random_stores, write_store
 from torch import Tensor
 
+from megatron_conan.data import pair_batch
 from megatron_conan.data.pair_batch import PairBatch, build_pair_batch
 from megatron_conan.data.pairs import PairStore
 from megatron_conan.loss.blockwise import Exclusions
@@ -51,10 +53,13 @@ class ByHand:
     batch: PairBatch
 
     def known(self, query: int, document: int) -> bool:
-        """The document is the query's own text, or some row of the batch names it a positive of the query."""
+        """The document is the query's own text, or some row of the source names it a positive of the query."""
+        return document in self.known_texts(query)
+
+    def known_texts(self, query: int) -> set[int]:
         store = self.batch.store
-        rows = [row for row in self.batch.rows.tolist() if store.query(row) == query]
-        return document == query or any(document in store.positives(row).tolist() for row in rows)
+        rows = [row for row in range(store.num_rows) if store.query(row) == query]
+        return {query}.union(*(store.positives(row).tolist() for row in rows))
 
     def same_class(self, one: int, other: int) -> bool:
         store = self.batch.store
@@ -71,7 +76,7 @@ class ByHand:
         positives = [(rows[i], documents[d]) for i, d in batch.positive.T.tolist()]
 
         def share(one: int, other: int) -> bool:
-            return one == other or any(self.known(one, d) and self.known(other, d) for d in documents)
+            return bool(self.known_texts(one) & self.known_texts(other))
 
         return {
             "documents": [[self.known(q, d) or self.same_class(q, d) for d in documents] for q in rows],
@@ -91,9 +96,12 @@ class ByHand:
     seed=st.integers(0, 1000),
     num_positives=st.integers(1, 4),
     num_negatives=st.integers(0, 4),
+    hub_queries=st.sampled_from([1, 2, 4, 32]),
 )
-def test_exclusions_are_those_by_hand(stores, task, store, rows, seed, num_positives, num_negatives):
-    batch = draw_batch(stores[task][store], rows, seed, num_positives, num_negatives)
+def test_exclusions_are_those_by_hand(stores, task, store, rows, seed, num_positives, num_negatives, hub_queries):
+    """Whatever makes a hub."""
+    with mock.patch.object(pair_batch, "HUB_QUERIES", hub_queries):
+        batch = draw_batch(stores[task][store], rows, seed, num_positives, num_negatives)
     found = row_relations(batch, 0, len(batch.rows), CPU)
     for name, expected in ByHand(batch).excluded().items():
         assert dense(getattr(found, name)).tolist() == expected, name
@@ -139,7 +147,7 @@ def test_the_ranks_parts_make_the_whole(stores, task, store, rows, num_negatives
 
 
 def test_all_kinds_of_exclusions_occur(stores):
-    """What the tests above rest on, and that something is left: no matrix is all true."""
+    """What the tests above rest on, and that something is left."""
     for task in TASKS:
         kinds = dict.fromkeys(("document", "query", "positive"), 0)
         for store in stores[task]:
@@ -152,8 +160,7 @@ def test_all_kinds_of_exclusions_occur(stores):
             kinds["document"] += bool((documents & ~own).any())
             kinds["query"] += bool((queries.sum(1) > 1).any())
             kinds["positive"] += bool((positives.sum(1) > 1).any())
-            for matrix in (documents, queries, positives):
-                assert not matrix.all(dim=1).any()
+            assert all(not matrix.all() for matrix in (documents, queries, positives))
         assert min(kinds.values()) > 3, kinds
 
 
@@ -178,3 +185,21 @@ def test_a_batch_by_hand(tmp_path, tokenizer):
     positives = [(int(i), documents[d]) for i, d in zip(found.positive_row, found.positive_document, strict=True)]
     assert positives == [(0, "a"), (0, "b"), (1, "b"), (1, "s"), (2, "c"), (3, "d")]
     assert names(found.positives, queries) == [{"q"}, {"q", "r"}, {"q", "r"}, {"r", "s"}, {"s"}, {"q"}]
+    # what rows outside of the batch say counts, too: q and r share b, which isn't there
+    batch = draw_batch(store, [3, 2], 0, 1, 0)
+    assert names(row_relations(batch, 0, 2, CPU).queries, ["q", "s"]) == [{"q"}, {"s"}]
+    two = [{"query": "q", "pos": ["a"]}, {"query": "r", "pos": ["c"]}, {"query": "q", "pos": ["b"]}]
+    store = write_store(tmp_path, "two", tokenizer, "retrieval", [*two, {"query": "r", "pos": ["b"]}])
+    batch = draw_batch(store, [0, 1], 0, 9, 9)
+    assert [store.text(i) for i in batch.document_ids] == ["a", "c"]
+    found = row_relations(batch, 0, 2, CPU)
+    assert names(found.queries, ["q", "r"]) == [{"q", "r"}] * 2
+    assert names(found.positives, ["q", "r"]) == [{"q"}, {"r"}]
+
+
+def test_only_what_is_asked_for_is_made(stores):
+    batch = draw_batch(stores["retrieval"][0], [0, 1, 2], 0, 1, 1)
+    found = row_relations(batch, 0, 3, CPU, with_queries=False, with_positives=False)
+    assert (found.queries, found.positives) == (None, None)
+    whole = row_relations(batch, 0, 3, CPU)
+    assert torch.equal(dense(found.documents), dense(whole.documents))
