@@ -200,7 +200,7 @@ def test_workers_write_the_same_bytes(tmp_path, tokenizer):
         preprocess_pairs("classification", [source], tokenizer.path, prefix, num_workers=workers)
     names = sorted(path.name for path in (tmp_path / "1").iterdir())
     arrays = ["corpus", "label", "label_offsets", "label_rows", "negatives", "negatives_offsets"]
-    arrays += ["positives", "positives_offsets", "query"]
+    arrays += ["positives", "positives_offsets", "query", "query_order"]
     assert names == sorted(["p.bin", "p.idx", "p.json", *(f"p.{name}.npy" for name in arrays)])
     for name in names:
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()

@@ -57,6 +57,9 @@ def test_store_gives_back_every_text_and_row(retrieval, tokenizer):
         assert store.tokens(i).dtype == np.int32
         assert store.tokens(i).tolist() == tokenizer.encode(store.text(i))
         assert store.lengths[i] == len(store.tokens(i))
+    queries = [store.query(row) for row in store.query_order]
+    assert sorted(store.query_order.tolist()) == list(range(4))
+    assert queries == sorted(queries)
     assert store.summary["rows"] == 4
     assert store.summary["negatives_dropped"] == 1
     assert store.summary["mean_query_length"] == pytest.approx(
@@ -81,7 +84,12 @@ def test_workers_write_the_same_bytes(tmp_path, tokenizer):
         (tmp_path / str(workers)).mkdir()
         preprocess_pairs("retrieval", [source], tokenizer.path, tmp_path / str(workers) / "p", num_workers=workers)
     names = sorted(path.name for path in (tmp_path / "1").iterdir())
-    expected = ["bin", "idx", "json", *(f"{name}.npy" for name in ("corpus", "negatives", "negatives_offsets"))]
+    expected = [
+        "bin",
+        "idx",
+        "json",
+        *(f"{name}.npy" for name in ("corpus", "negatives", "negatives_offsets", "query_order")),
+    ]
     assert names == sorted(f"p.{name}" for name in [*expected, "positives.npy", "positives_offsets.npy", "query.npy"])
     for name in names:
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "3" / name).read_bytes()
