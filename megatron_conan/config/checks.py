@@ -136,6 +136,11 @@ def _check_stage(config: RunConfig) -> None:
             raise ValueError(
                 f"stage={config.stage} trains next-token prediction and must stay causal; remove the soft_mask section"
             )
+        sized = [str(source.prefix) for source in config.data.sources if source.batch_size is not None]
+        if sized:
+            raise ValueError(
+                f"data.sources: batch_size of {', '.join(sized)} is for the contrastive stages; set train.global_batch_size"
+            )
         if config.pooling.projection_dim is not None:
             raise ValueError(
                 f"pooling.projection_dim is trained in the contrastive stages, not in stage={config.stage}; remove it"

@@ -87,11 +87,10 @@ def row_relations(
         hub_ids = np.where(is_hub, batch.document_ids, -1)[:, None].repeat(num_hubs, axis=1)
         listed = batch.related[:, ~is_hub[batch.related[1]]]
         by_document = listed[::-1][:, np.lexsort(listed)]  # (document, query), sorted
-        own = np.stack([np.arange(positive.shape[1]), row_query[positive[0]]])
         positives = exclusions(
             np.hstack([document_labels, hub_ids])[positive[1]],
             np.hstack([query_labels, batch.hubs]),
-            np.concatenate([pairs_of(by_document, positive[1]), own], axis=1),
+            pairs_of(by_document, positive[1]),
         )
     return RowRelations(
         num_rows=end - begin,

@@ -109,6 +109,8 @@ def test_losses_that_fit_are_accepted():
         ("pretrain", {"train__global_batch_size": 3}, 2, ["train.global_batch_size=3", "= 8; use 8"]),
         ("pretrain", {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2, "train__global_batch_size": 12}, 2,
          ["number of micro-batches (3)", "parallel.pipeline=2", "change train.global_batch_size"]),
+        ("sft", {"data__sources": [{"prefix": "a", "batch_size": 8}]}, 2,
+         ["batch_size of a is for the contrastive stages", "set train.global_batch_size"]),
         ("pretrain", {"mining__every": 5}, 2, ["section mining", "stage=pretrain", "remove it"]),
         ("sft", {"soft_mask__schedule": "linear"}, 2, ["stage=sft", "must stay causal", "remove the soft_mask section"]),
         ("pretrain", {"soft_mask__alpha": 1.0}, 2, ["stage=pretrain", "must stay causal"]),
