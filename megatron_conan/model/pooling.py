@@ -5,7 +5,7 @@ Shapes: `s` sequence, `b` texts of a padded batch; `t` tokens and `n` texts of a
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -89,6 +89,24 @@ def pool_packed(
         torch.arange(len(lengths), device=hidden.device), lengths, output_size=num_tokens
     )  # [t] text of each token
     weights = pooling_weights(position, lengths[text], prompt_lengths[text], mode, include_prompt)  # [t]
-    weighted = hidden[:num_tokens].float() * weights[:, None]
-    # deterministic also on a GPU, which adding by index is not
-    return torch.segment_reduce(weighted, "sum", lengths=lengths, axis=0, unsafe=True)
+    return _WeightedSums.apply(hidden[:num_tokens], weights, text, lengths)
+
+
+class _WeightedSums(torch.autograd.Function):
+    """Weighted sum of each text's tokens, fp32. Deterministic also on a GPU, which adding by index is not.
+
+    Its gradient is a gather, which is faster than that of segment_reduce.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weights: Tensor, text: Tensor, lengths: Tensor) -> Tensor:
+        """[t, h], [t], [t] and [n] -> [n, h]."""
+        ctx.save_for_backward(weights, text)
+        ctx.dtype = hidden.dtype
+        return torch.segment_reduce(hidden.float() * weights[:, None], "sum", lengths=lengths, axis=0, unsafe=True)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        weights, text = ctx.saved_tensors
+        tokens = gradients[0].index_select(0, text).mul_(weights[:, None])  # [n, h] -> [t, h]
+        return tokens.to(ctx.dtype), None, None, None
