@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "data_tools").glob("*.md")]
 SHELL_COMMANDS = {"source", "cd", "git", "ls", "cat", "tail"}
 """Commands that are not ours to check."""
-TOP_FOLDERS = ("megatron_conan", "configs", "data_tools", "docs", "launch", "kernels", "tests", ".ci")
+TOP_FOLDERS = ("megatron_conan", "benchmarks", "configs", "data_tools", "docs", "launch", "kernels", "tests", ".ci")
 STAGES = ("pretrain", "sft", "weak", "finetune")
 
 
