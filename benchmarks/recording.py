@@ -112,10 +112,12 @@ def print_table(title: str, rows: Sequence[Row]) -> None:
 
 
 def write_record(path: Path, settings: dict[str, Any], tables: dict[str, list[Row]]) -> None:
-    """Write a measurement: its surroundings, settings and tables by name."""
+    """Write a measurement: its surroundings, settings and tables by name; paths in the checkout from its root on."""
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {**surroundings(), "settings": settings, "tables": tables}
-    path.write_text(json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    text = json.dumps(record, indent=2, ensure_ascii=False, default=str)
+    root = Path(__file__).resolve().parents[1]
+    path.write_text(text.replace(f"{root}/", "") + "\n", encoding="utf-8")
 
 
 def _send_result(sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
