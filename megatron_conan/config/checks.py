@@ -164,9 +164,29 @@ def _check_stage(config: RunConfig) -> None:
 def _check_mining(config: RunConfig) -> None:
     mining = config.mining
     assert mining is not None
+    if mining.every is None and mining.at is None:
+        raise ValueError("section mining doesn't say when to mine; give mining.every or mining.at")
+    if mining.every is not None and mining.at is not None:
+        raise ValueError(f"mining.every={mining.every} and mining.at={mining.at} exclude each other; give one")
+    if mining.at is not None and (sorted(set(mining.at)) != mining.at or not mining.at):
+        raise ValueError(f"mining.at={mining.at} must hold rising numbers of steps, none twice")
+    if mining.at is not None and mining.at[-1] >= config.train.steps:
+        raise ValueError(
+            f"mining.at={mining.at} goes beyond train.steps={config.train.steps}: no step would use that mining"
+        )
     if mining.window <= mining.skip_top:
         raise ValueError(
             f"mining.window={mining.window} leaves nothing after mining.skip_top={mining.skip_top}; widen the window"
+        )
+    if mining.margin is not None and (mining.margin < 0 or (mining.margin_kind == "relative" and mining.margin > 1)):
+        raise ValueError(
+            f"mining.margin={mining.margin} must be a share of the positive's score, 0 to 1 (or, with "
+            "mining.margin_kind=absolute, a distance of at least 0)"
+        )
+    if mining.rule == "v1" and mining.pool_size < mining.rule_offset + config.contrastive.num_hard_negatives:
+        raise ValueError(
+            f"mining.pool_size={mining.pool_size} holds no replacement: mining.rule=v1 takes those from mining.rule_offset="
+            f"{mining.rule_offset} on, contrastive.num_hard_negatives={config.contrastive.num_hard_negatives} at a time"
         )
     longest = max(config.max_query_length, config.max_document_length) + 8  # padding rounds up to a multiple of 8 or tp
     if mining.max_tokens < longest:

@@ -22,6 +22,8 @@ MAY_DIFFER_ON_RESUME = (
     "train.micro_batch_tokens",
     "train.steps",
     "attention.backend",
+    "mining.scratch_dir",
+    "mining.gpu_memory_gib",
 )
 """Keys (or whole sections) that a resumed run may change; any other difference is refused."""
 

@@ -66,6 +66,6 @@ def format_plan(config: RunConfig, world_size: int) -> str:
     if not config.is_contrastive:
         lines.insert(5, f"tokens           {samples * config.seq_length:,}")
     if config.mining is not None:
-        minings = -(-t.steps // config.mining.every)
-        lines.append(f"mining           {minings} times, every {config.mining.every:,} steps")
+        when = f"every {config.mining.every:,} steps" if config.mining.at is None else f"after steps {config.mining.at}"
+        lines.append(f"mining           {config.mining.count(t.steps)} times, {when}")
     return "\n".join(lines)

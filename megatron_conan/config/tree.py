@@ -241,26 +241,54 @@ class ContrastiveConfig(Section):
 class MiningConfig(Section):
     """Hard negatives, re-mined from the whole corpus with the live weights."""
 
-    every: Positive
-    """Steps between two minings; the first is before step 1."""
+    every: Positive | None = None
+    """Steps between two minings; the first is before step 1. Give this or `at`."""
+    at: list[Annotated[int, Field(ge=0)]] | None = None
+    """Numbers of steps after which is mined; 0 is before step 1. Until the first mining the file's own negatives are used."""
     pool_size: Positive = 32
     """Candidates kept a query; replacements come from here until the next mining."""
     window: Positive = 100
     """Nearest documents looked at a query."""
     skip_top: Annotated[int, Field(ge=0)] = 0
     """Nearest candidates passed over as likely false negatives."""
-    margin: Annotated[float, Field(gt=0, le=1.0)] = 0.95
-    """A candidate must score below this share of the (lowest) positive's score."""
+    margin: float | None = 0.95
+    """relative: a candidate must not score above this share of the (lowest) positive's score (0 to 1);
+    absolute: it must score at least this much less. null for no test."""
+    margin_kind: Literal["relative", "absolute"] = "relative"
+    """What `margin` is."""
+    ceiling: Annotated[float, Field(ge=-1.0, le=1.0)] | None = None
+    """Highest cosine similarity of a candidate; null for no test."""
+    sample: bool = False
+    """Draw the pool evenly from all candidates of the window (by `train.seed` and step) instead of taking the nearest."""
     max_tokens: Positive = 16384
-    """Padded tokens of one encoding batch."""
-    dynamic: bool = True
-    """Between minings, replace single negatives that became easy (the v2 rule)."""
+    """Tokens of one encoding batch."""
+    scratch_dir: Path | None = None
+    """Folder for a mining's embeddings, as memory-mapped files, best on a local disk: they need not fit into memory, and a
+    mining that was interrupted goes on where it was. null keeps them in memory."""
+    gpu_memory_gib: Annotated[float, Field(gt=0)] | None = None
+    """GPU memory a mining may take for the search, in GiB a rank; half of what is free if null."""
+    gpu_fp16: bool = False
+    """Keep the searched copy of the embeddings on the GPU in fp16: half the memory, scores to about three digits."""
+    rule: Literal["v2", "v1", "none"] = "v2"
+    """How negatives that became easy are replaced between minings: v2 singly, v1 all of a query at once, none not at all."""
     low_score: float = 0.4
-    """v2 rule: a negative that came in below this score is replaced."""
-    drop_ratio: Annotated[float, Field(gt=1.0)] = 1.2
-    """v2 rule: replaced when drop_ratio x S < S0 ..."""
-    high_score: float = 0.7
-    """... and S < high_score."""
+    """v2: a negative that came in below this score is replaced."""
+    drop_ratio: Annotated[float, Field(gt=1.0)] | None = None
+    """Replaced when drop_ratio x S < S0 ...; 1.2 (v2) or 1.15 (v1) if null."""
+    high_score: float | None = None
+    """... and S < high_score (v1: |S|); 0.7 (v2) or 0.8 (v1) if null."""
+    rule_every: Positive = 100
+    """v1: steps between two tests of the rule."""
+    rule_offset: Annotated[int, Field(ge=0)] = 10
+    """v1: place in the pool from which the first replacement takes its candidates."""
+
+    def is_due(self, steps_done: int) -> bool:
+        """Whether to mine between step `steps_done` and the next."""
+        return steps_done in self.at if self.at is not None else steps_done % (self.every or 1) == 0
+
+    def count(self, steps: int) -> int:
+        """Number of minings in a run of `steps` steps."""
+        return sum(self.is_due(done) for done in range(steps))
 
 
 class EvaluationConfig(Section):

@@ -265,7 +265,7 @@ class Contrastive:
     def _update_negatives(self, batch: PairBatch, settled: list[Settled]) -> int | None:
         """Let the similarities of the loss replace mined negatives, alike on all ranks. Returns how many were."""
         table, mining, context = self.data.negatives.get(batch.store.name), self.setup.config.mining, self.setup.context
-        if table is None or mining is None or not mining.dynamic:
+        if table is None or mining is None or mining.rule == "none":
             return None
         mined = batch.slots >= 0
         similarity = torch.empty(int(mined.sum()), dtype=torch.float32, device=context.device)

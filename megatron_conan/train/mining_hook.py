@@ -38,7 +38,7 @@ class MiningHook:
         """Mine if due; age and replacements are metrics."""
         data = trainer.parts.data
         assert isinstance(data, Pairs)
-        if (step - 1) % self.mining.every == 0:
+        if self.mining.is_due(step - 1):
             self._mine(trainer, data, step)
         ages = [step - 1 - table.step for table in data.negatives.values()]
         return {"negatives_age": float(max(ages, default=0))}
@@ -80,6 +80,9 @@ class MiningHook:
                 window=self.mining.window,
                 skip_top=self.mining.skip_top,
                 margin=self.mining.margin,
+                margin_kind=self.mining.margin_kind,
+                ceiling=self.mining.ceiling,
+                sample_seed=config.train.seed + step if self.mining.sample else None,
             ),
             formatter=self.setup.formatter,
             num_negatives=config.contrastive.num_hard_negatives,
@@ -132,4 +135,4 @@ class MiningHook:
 
 def swap_rule(mining: MiningConfig) -> SwapRule:
     """The thresholds of the v2 rule from the config."""
-    return SwapRule(low_score=mining.low_score, drop_ratio=mining.drop_ratio, high_score=mining.high_score)
+    return SwapRule(mining.low_score, mining.drop_ratio or 1.2, 0.7 if mining.high_score is None else mining.high_score)
