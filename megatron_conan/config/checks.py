@@ -38,12 +38,6 @@ def _check_ranks(config: RunConfig, world_size: int) -> None:
         raise ValueError("parallel.sequence=true needs parallel.tensor > 1: it splits activations over tensor ranks")
     if p.virtual_pipeline is not None and p.pipeline == 1:
         raise ValueError(f"parallel.virtual_pipeline={p.virtual_pipeline} needs parallel.pipeline > 1")
-    for name in ("evaluation", "mining"):
-        if p.virtual_pipeline is not None and getattr(config, name) is not None:
-            raise ValueError(
-                f"section {name} does not run through the interleaved pipeline (parallel.virtual_pipeline="
-                f"{p.virtual_pipeline}); set {name}=null or parallel.virtual_pipeline=null"
-            )
 
 
 def _check_model(config: RunConfig) -> None:
@@ -188,10 +182,10 @@ def _check_mining(config: RunConfig) -> None:
             f"mining.pool_size={mining.pool_size} holds no replacement: mining.rule=v1 takes those from mining.rule_offset="
             f"{mining.rule_offset} on, contrastive.num_hard_negatives={config.contrastive.num_hard_negatives} at a time"
         )
-    longest = max(config.max_query_length, config.max_document_length) + 8  # padding rounds up to a multiple of 8 or tp
+    longest = max(config.max_query_length, config.max_document_length)
     if mining.max_tokens < longest:
         raise ValueError(
-            f"mining.max_tokens={mining.max_tokens} is below one padded text of {longest} tokens; use at least {longest}"
+            f"mining.max_tokens={mining.max_tokens} is below one text of {longest} tokens; use at least {longest}"
         )
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from megatron_conan.data.format import TextKind
 from megatron_conan.data.pairs import PairStore
+from megatron_conan.data.ragged import ranges
 
 NO_PAIRS = np.empty((2, 0), np.int64)
 HUB_QUERIES = 32
@@ -140,16 +141,8 @@ def build_pair_batch(
 
 def _rows_values(values: np.ndarray, offsets: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """[2, n] (place in `rows`, value) of all values of the rows, in order."""
-    row, index = _ranges(np.asarray(offsets[rows], dtype=np.int64), np.asarray(offsets[rows + 1], dtype=np.int64))
+    row, index = ranges(np.asarray(offsets[rows], dtype=np.int64), np.asarray(offsets[rows + 1], dtype=np.int64))
     return np.stack([row, np.asarray(values[index], dtype=np.int64)])
-
-
-def _ranges(begin: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """All numbers of the ranges begin .. end - 1 ([k] each), one range behind the other: (range, number), [n] each."""
-    counts = end - begin
-    which = np.repeat(np.arange(len(counts)), counts)
-    within = np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return which, begin[which] + within
 
 
 def _draw(
@@ -189,7 +182,7 @@ def _known_positives(store: PairStore, query_ids: np.ndarray) -> np.ndarray:
     begin, end = (
         np.searchsorted(store.query_ids, query_ids, side=side, sorter=store.query_order) for side in ("left", "right")
     )
-    place, order = _ranges(begin, end)
+    place, order = ranges(begin, end)
     row, text = _rows_values(store.positive_ids, store.positive_offsets, store.query_order[order])
     return np.stack([place[row], text])
 
@@ -221,7 +214,7 @@ def _alike(known: np.ndarray, num_queries: int) -> tuple[np.ndarray, np.ndarray]
 def pairs_of(pairs: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """[2, n] (place in `wanted`, second) of all `pairs`, sorted by their first, whose first is in `wanted`."""
     begin, end = (np.searchsorted(pairs[0], wanted, side=side) for side in ("left", "right"))
-    place, index = _ranges(begin, end)
+    place, index = ranges(begin, end)
     return np.stack([place, pairs[1, index]])
 
 

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_conan.data.batch import TextBatch
 from megatron_conan.data.format import TextKind
 from megatron_conan.evaluation.retrieval import EmbedTexts, RetrievalResult, evaluate_retrieval
 from megatron_conan.mining.encode import encode_texts
@@ -29,17 +28,15 @@ def live_embedder(trainer: Trainer, max_tokens: int) -> EmbedTexts:
     config, context = trainer.setup.config, trainer.setup.context
     tokenizer, formatter = trainer.setup.tokenizer, trainer.setup.formatter
 
-    def embed_batch(batch: TextBatch) -> torch.Tensor:
-        return embed_texts(trainer.chunks, batch, context)
-
     def embed(texts: list[str], kind: TextKind, prompt: str | None = None) -> np.ndarray:
         name = kind if prompt is None else prompt
         sequences = [formatter.format(ids, kind, name) for ids in tokenizer.encode_batch(texts)]
         with evaluating(trainer.chunks):
             return encode_texts(
-                embed_batch,
+                lambda micro_batches: embed_texts(trainer.chunks, micro_batches, context),
                 sequences,
                 context,
+                width=config.embedding_dim,
                 max_tokens=max_tokens,
                 pad_id=tokenizer.pad_id,
                 pad_multiple=pad_multiple(config.parallel.tensor),

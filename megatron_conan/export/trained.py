@@ -1,4 +1,4 @@
-"""A trained run in one process: its model as a function from texts to vectors, and its export."""
+"""A trained run, whole in a process: its model as a function from texts to vectors, and its export."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 from megatron_conan.config import RunConfig
 from megatron_conan.config.tree import ParallelConfig, SoftMaskConfig
-from megatron_conan.data.batch import TextBatch
 from megatron_conan.data.format import Formatter, TextKind
+from megatron_conan.data.packing import PackedTexts
 from megatron_conan.data.tokenizer import Tokenizer
 from megatron_conan.export.hf import ExportReport, ExportSettings, export_sentence_transformer
 from megatron_conan.export.mapping import ModelShape
@@ -42,6 +42,15 @@ class TrainedRun:
     context: ParallelContext
 
     @torch.no_grad()
+    def embed_packed(self, micro_batches: Sequence[PackedTexts]) -> torch.Tensor:
+        """[n of all micro-batches, e] unit vectors, fp32."""
+        return torch.cat(
+            [
+                self.model(batch.tokens, batch.sequences, embed=True, prompt_lengths=batch.prompt_lengths)
+                for batch in micro_batches
+            ]
+        )
+
     def embed(self, texts: Sequence[str], kind: TextKind = "document", prompt: str | None = None) -> np.ndarray:
         """Unit vectors [n, e] fp32, texts formatted and cut as in training.
 
@@ -51,24 +60,25 @@ class TrainedRun:
         formatter = Formatter.of_run(self.config, self.tokenizer)
         name = kind if prompt is None else prompt
 
-        def embed_batch(batch: TextBatch) -> torch.Tensor:
-            return self.model(batch.tokens, batch.lengths, embed=True, prompt_lengths=batch.prompt_length)
-
         return encode_texts(
-            embed_batch,
+            self.embed_packed,
             [formatter.format(ids, kind, name) for ids in self.tokenizer.encode_batch(texts)],
             self.context,
+            width=self.config.embedding_dim,
             max_tokens=max(ENCODE_TOKENS, formatter.max_lengths[kind] + 8),
             pad_id=self.tokenizer.pad_id,
             prompt_length=len(formatter.prompt_tokens(name)),
         )
 
 
-def load_run(run_dir: Path) -> TrainedRun:
+def load_run(run_dir: Path, *, every_rank: bool = False) -> TrainedRun:
     """Load a run folder (or one of its step_* folders) into this one process.
 
+    Args:
+        every_rank: load it whole into every process that torchrun started; all must call, and are data-parallel ranks.
+
     Raises:
-        ValueError: if there is no run or no checkpoint.
+        ValueError: if there is no run or no checkpoint, or several processes without `every_rank`.
     """
     checkpoint = find_checkpoint(run_dir)
     run = checkpoint.parent.parent
@@ -94,7 +104,7 @@ def load_run(run_dir: Path) -> TrainedRun:
         }
     )
     device = initialize_distributed()
-    if dist.get_world_size() != 1:
+    if dist.get_world_size() != 1 and not every_rank:
         raise ValueError(
             f"loading a trained run takes one process, not {dist.get_world_size()}; start it without torchrun"
         )

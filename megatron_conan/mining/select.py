@@ -5,11 +5,12 @@ Shapes: `q` queries, `n` search results a query, `p` pool size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+
+from megatron_conan.data.ragged import Ragged
 
 # Why a search result did not become a candidate, in the order of the tests.
 REASONS = ("known", "beyond_window", "skipped", "margin", "ceiling")
@@ -66,18 +67,17 @@ class Selection:
     rejected: np.ndarray
     """[q, len(REASONS)] int64, search results turned down, by reason."""
 
-    def count_short(self) -> dict[str, int]:
-        """Number of queries with an incomplete pool, by what turned down most of their results (SHORT_REASONS)."""
-        short = self.rejected[self.missing > 0].copy()
-        short[:, KNOWN] = 0
-        main = np.where(short.sum(axis=1) > 0, short.argmax(axis=1), SHORT_REASONS.index("corpus"))
-        counts = np.bincount(main, minlength=len(SHORT_REASONS))
-        return {name: int(count) for name, count in zip(SHORT_REASONS, counts, strict=True) if count}
+    def short_reason(self) -> np.ndarray:
+        """[q] place in SHORT_REASONS of what turned down most of a query's results; -1 where its pool is complete."""
+        by_reason = self.rejected.copy()
+        by_reason[:, KNOWN] = 0
+        main = np.where(by_reason.sum(axis=1) > 0, by_reason.argmax(axis=1), SHORT_REASONS.index("corpus"))
+        return np.where(self.missing > 0, main, -1)
 
 
-def lowest_scores(scores: Sequence[np.ndarray]) -> np.ndarray:
-    """The lowest of each query's positive scores: [q] float32."""
-    return np.array([np.min(values) for values in scores], dtype=np.float32)
+def lowest_scores(scores: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """The lowest of each query's positive scores (those from offsets[i] to offsets[i + 1], at least one): [q] float32."""
+    return np.minimum.reduceat(scores, offsets[:-1]).astype(np.float32) if len(scores) else np.empty(0, np.float32)
 
 
 def margin_limit(positive_scores: np.ndarray, settings: SelectionSettings) -> np.ndarray:
@@ -94,8 +94,8 @@ def margin_limit(positive_scores: np.ndarray, settings: SelectionSettings) -> np
 def select_negatives(
     scores: np.ndarray,
     ids: np.ndarray,
-    known: Sequence[np.ndarray],
-    positive_scores: np.ndarray | Sequence[np.ndarray],
+    known: Ragged,
+    positive_scores: np.ndarray,
     settings: SelectionSettings,
     query_ids: np.ndarray | None = None,
 ) -> Selection:
@@ -104,8 +104,8 @@ def select_negatives(
     Args:
         scores: [q, n] float32, falling along a row (as `ShardedIndex.search` returns them); -inf as padding.
         ids: [q, n] int64 document ids, -1 as padding.
-        known: q arrays of ids that must not become negatives: positives, sibling positives, the query itself.
-        positive_scores: [q] score of the query's positive, or q arrays of several; the lowest of them counts.
+        known: q lists of ids that must not become negatives: positives, sibling positives, the query itself.
+        positive_scores: [q] score of the query's positive, of several the lowest (`lowest_scores`).
         query_ids: [q] int64; needed where settings.sample_seed is set: a query's draw depends on the seed, its own id
             and its candidates' ids alone, so it is the same in every layout.
 
@@ -117,10 +117,9 @@ def select_negatives(
             f"scores {scores.shape}, ids {ids.shape}, known ({len(known)}) and positive_scores "
             f"({len(positive_scores)}) must be of the same queries"
         )
-    lowest = lowest_scores(list(positive_scores))
-    if settings.margin is not None and not np.isfinite(lowest).all():
+    if settings.margin is not None and not np.isfinite(positive_scores).all():
         raise ValueError(
-            f"positive score of query {int(np.flatnonzero(~np.isfinite(lowest))[0])} is not finite; the positive must "
+            f"positive score of query {int(np.flatnonzero(~np.isfinite(positive_scores))[0])} is not finite; the positive must "
             "be in the searched corpus"
         )
     real = ids >= 0
@@ -130,7 +129,7 @@ def select_negatives(
     beyond = candidate & (place >= (scores.shape[1] if settings.window is None else settings.window))
     skipped = candidate & ~beyond & (place < settings.skip_top)
     candidate &= ~beyond & ~skipped
-    too_close = candidate & (scores > margin_limit(lowest, settings)[:, None])
+    too_close = candidate & (scores > margin_limit(positive_scores, settings)[:, None])
     candidate &= ~too_close
     too_high = candidate & (scores > (np.inf if settings.ceiling is None else settings.ceiling))
     candidate &= ~too_high
@@ -139,14 +138,15 @@ def select_negatives(
     return Selection(pool_ids, pool_scores, (pool_ids < 0).sum(axis=1), rejected.astype(np.int64))
 
 
-def _contains(ids: np.ndarray, known: Sequence[np.ndarray]) -> np.ndarray:
-    """[q, n] bool: is ids[i, j] in known[i]?"""
-    if ids.size == 0:
+def _contains(ids: np.ndarray, known: Ragged) -> np.ndarray:
+    """[q, n] bool: is ids[i, j] in list i of `known`?"""
+    if ids.size == 0 or len(known.values) == 0:
         return np.zeros(ids.shape, dtype=bool)
-    width = max(int(ids.max()), *(int(np.max(k)) for k in known if len(k)), 0) + 1
-    row_start = np.arange(len(ids), dtype=np.int64) * width
-    known_keys = np.concatenate([start + np.asarray(k, np.int64) for start, k in zip(row_start, known, strict=True)])
-    return np.isin(np.where(ids >= 0, row_start[:, None] + ids, -1), known_keys)
+    width = max(int(ids.max()), int(known.values.max())) + 1
+    known_keys = np.sort(known.owner * width + known.values)
+    keys = np.where(ids >= 0, np.arange(len(ids), dtype=np.int64)[:, None] * width + ids, -1)
+    place = np.searchsorted(known_keys, keys).clip(max=len(known_keys) - 1)
+    return known_keys[place] == keys
 
 
 def _take(

@@ -8,77 +8,88 @@ Order of results everywhere: higher score first, lower id first among equal scor
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
 
 import numpy as np
 
+from megatron_conan.data.ragged import Ragged
+from megatron_conan.mining.encode import EmbeddedTexts
 from megatron_conan.mining.exchange import gather_counts, gather_rows, return_rows
-from megatron_conan.model.backends import import_faiss
+from megatron_conan.mining.local_search import HostSearch, SearchSettings, local_search
 from megatron_conan.parallel.context import ParallelContext
 
-# GPU faiss returns at most 2048 neighbours, and one more than asked for is needed to see a tie at the end of the list.
-GPU_MAX_K = 2047
-# Scores held at once (float32) when a tie at the end of the list makes a query compare with the whole shard.
-TIE_BLOCK_SCORES = 1 << 24
-NUM_IDS_SHOWN = 5
+# Numbers (float32) held at once where queries are compared with single documents, or with the whole shard because of a tie.
+BLOCK_NUMBERS = 1 << 24
+
+
+@dataclass(frozen=True)
+class FoundDocuments:
+    """Results of a block of this rank's queries."""
+
+    queries: slice
+    """Which of this rank's queries."""
+    scores: np.ndarray
+    """[queries, k] float32, falling; -inf where there are fewer documents."""
+    ids: np.ndarray
+    """[queries, k] int64; -1 where there are fewer documents."""
 
 
 def canonical_top(scores: np.ndarray, ids: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Sort every row by (-score, id) and cut to k columns. scores [q, c] float32, ids [q, c] int64; c >= k."""
-    order = np.lexsort((ids, -scores), axis=-1)[:, :k]
-    return np.take_along_axis(scores, order, axis=1), np.take_along_axis(ids, order, axis=1)
+    order = np.argsort(-scores, axis=1, kind="stable")  # quick on rows that are made of sorted runs
+    scores, ids = np.take_along_axis(scores, order, axis=1), np.take_along_axis(ids, order, axis=1)
+    tied = np.flatnonzero((scores[:, 1:] == scores[:, :-1]).any(axis=1))
+    if len(tied):
+        order = np.lexsort((ids[tied], -scores[tied]), axis=-1)
+        ids[tied] = np.take_along_axis(ids[tied], order, axis=1)  # the scores stay: only equal ones changed places
+    return scores[:, :k], ids[:, :k]
 
 
 class ShardedIndex:
     """Inner-product search over the documents of all ranks; equal to one flat index over all of them.
 
-    The shard lies in faiss (on the GPU where faiss has one and the rank has one) and in host memory (float32). All
+    The shard lies in host memory or in a memory-mapped file, and on the GPU where faiss has one and the rank has one. All
     ranks of the world must make the same calls in the same order; shards and queries may be uneven or empty.
+    Close it, or use it in a `with` block, so that memory on the GPU is given back.
     """
 
     def __init__(
-        self, local_ids: np.ndarray, embeddings: np.ndarray, context: ParallelContext, block_size: int = 4096
+        self,
+        documents: EmbeddedTexts,
+        context: ParallelContext,
+        block_size: int = 4096,
+        settings: SearchSettings | None = None,
     ) -> None:
-        """Build this rank's shard.
+        """Search over this rank's shard and all others.
 
         Args:
-            local_ids: [n] int64 ids, unique over all ranks.
-            embeddings: [n, e] float32.
+            documents: ids unique over all ranks, finite embeddings; kept, not copied.
             context: the grid of ranks.
             block_size: queries (of all ranks together) searched at once.
+            settings: what the search may use of the GPU.
 
-        Raises ValueError, on all ranks, for embeddings that are not finite (naming texts) or of unequal width.
+        Raises ValueError, on all ranks, for embeddings of unequal width.
         """
-        if len(local_ids) != len(embeddings):
-            raise ValueError(f"{len(local_ids)} ids but {len(embeddings)} embeddings; give one row an id")
+        self._ids, self._rows = documents.ids, documents.embeddings
+        if len(self._ids) != len(self._rows) or (np.diff(self._ids) <= 0).any():
+            raise ValueError(f"{len(self._ids)} ids for {len(self._rows)} embeddings; give one row an id, ids rising")
         self._context = context
         self._block_size = block_size
-        order = np.argsort(local_ids, kind="stable")
-        self._ids = np.asarray(local_ids, dtype=np.int64)[order]
-        rows = np.ascontiguousarray(embeddings[order], dtype=np.float32)
-        bad_ids = self._ids[~np.isfinite(rows).all(axis=1)]
-        described = self._gather([len(rows), rows.shape[1] if len(rows) else 0, len(bad_ids), *_pad_ids(bad_ids)])
+        self._search = local_search(self._rows, context.device, settings or SearchSettings())
+        described = self._gather([len(self._rows), self._rows.shape[1] if len(self._rows) else 0, self._search.max_k])
         self.shard_sizes: list[int] = described[:, 0].tolist()
         self._width = _common_width(described[:, 1], "embeddings")
-        if described[:, 2].any():
-            shown = sorted(described[:, 3:][described[:, 3:] >= 0].tolist())[:NUM_IDS_SHOWN]
-            raise ValueError(
-                f"embeddings of {int(described[:, 2].sum())} texts are not finite, among them text ids {shown}; "
-                "the model has diverged or these texts overflow: lower the learning rate or look at the texts"
-            )
-        self._rows = rows if len(rows) else np.empty((0, self._width), np.float32)
-        faiss = import_faiss()
-        self._index = faiss.IndexFlatIP(self._width)
-        self._on_gpu = context.device.type == "cuda" and getattr(faiss, "get_num_gpus", int)() > 0
-        if self._on_gpu:
-            self._gpu_resources = faiss.StandardGpuResources()
-            self._index = faiss.index_cpu_to_gpu(self._gpu_resources, context.device.index or 0, self._index)
-        if len(rows):
-            self._index.add(rows)
+        self.max_k = int(described[:, 2].min())
+        """The largest k that `search` takes."""
 
-    @property
-    def max_k(self) -> int:
-        """The largest k that `search` takes on this rank."""
-        return GPU_MAX_K if self._on_gpu else np.iinfo(np.int32).max
+    def __enter__(self) -> ShardedIndex:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._search.close()
 
     def search(self, local_queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Find the k best documents of all ranks for this rank's queries.
@@ -88,41 +99,55 @@ class ShardedIndex:
             k: documents a query, the same on all ranks.
 
         Returns (scores [m, k] float32, ids [m, k] int64), padded with -inf and -1 where there are fewer than k
-        documents. Raises ValueError for k outside 1..max_k, and on all ranks for queries that are not finite.
+        documents. Raises ValueError for k outside 1..max_k.
         """
         if not 1 <= k <= self.max_k:
             raise ValueError(f"k={k} must be 1 to {self.max_k} (GPU faiss can't return more); lower the window")
-        scores = np.full((len(local_queries), k), -np.inf, np.float32)
-        ids = np.full((len(local_queries), k), -1, np.int64)
+        blocks = list(self.search_blocks(local_queries, np.full(len(local_queries), k)))
+        if not blocks:
+            return np.empty((0, k), np.float32), np.empty((0, k), np.int64)
+        return np.concatenate([block.scores for block in blocks]), np.concatenate([block.ids for block in blocks])
+
+    def search_blocks(self, local_queries: np.ndarray, k: np.ndarray) -> Iterator[FoundDocuments]:
+        """The same block by block, for results that would not fit into memory all at once.
+
+        Args:
+            local_queries: [m, e] float32.
+            k: [m] int64 documents of each query; a block gets the largest of all its ranks' queries, so queries with a
+                similar k should be neighbours. Above max_k the host searches, where the GPU can't.
+
+        Yields results of this rank's queries, in their order; every rank gets equally many blocks, some of them empty.
+        """
         for own, queries, counts in self._query_blocks(local_queries):
-            found_scores, found_ids = self._search_shard(queries, k)
+            widest = int(self._gather([int(k[own].max(initial=1))]).max())
+            found_scores, found_ids = self._search_shard(queries, widest)
             # w x [m, k] -> [m, w * k]
             all_scores = np.concatenate(self._return(found_scores, counts), axis=1)
             all_ids = np.concatenate(self._return(found_ids, counts), axis=1)
-            scores[own], ids[own] = canonical_top(all_scores, all_ids, k)
-        return scores, ids
+            if self._context.world_size > 1:
+                all_scores, all_ids = canonical_top(all_scores, all_ids, widest)
+            yield FoundDocuments(own, all_scores, all_ids)
 
-    def score_pairs(self, local_queries: np.ndarray, pair_ids: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    def score_pairs(self, local_queries: np.ndarray, pairs: Ragged) -> np.ndarray:
         """Inner products of this rank's queries with documents named by id, wherever these lie.
 
         Args:
             local_queries: [m, e] float32.
-            pair_ids: [p] int64 document ids, those of query i at offsets[i]:offsets[i + 1].
-            offsets: [m + 1] int64.
+            pairs: m lists of document ids.
 
-        Returns [p] float32; NaN for an id that no shard holds. All ranks must call.
+        Returns [number of pairs] float32; NaN for an id that no shard holds. All ranks must call.
         """
-        scores = np.full(len(pair_ids), np.nan, np.float32)
+        scores = np.full(len(pairs.values), np.nan, np.float32)
         for own, queries, _ in self._query_blocks(local_queries):
-            pairs = slice(offsets[own.start], offsets[own.stop])
-            lengths = np.diff(offsets[own.start : own.stop + 1])
-            counts = self._gather([len(lengths), pairs.stop - pairs.start])
+            place = slice(pairs.offsets[own.start], pairs.offsets[own.stop])
+            lengths = np.diff(pairs.offsets[own.start : own.stop + 1])
+            counts = self._gather([len(lengths), place.stop - place.start])
             per_query = np.concatenate(self._gather_rows(lengths, counts[:, 0].tolist()))
-            wanted = np.concatenate(self._gather_rows(pair_ids[pairs], counts[:, 1].tolist()))
+            wanted = np.concatenate(self._gather_rows(pairs.values[place], counts[:, 1].tolist()))
             answers = np.stack(self._return(self._score_held(queries, wanted, per_query), counts[:, 1].tolist()))
             # [w, p] -> [p]: one shard at most holds an id
             held = ~np.isnan(answers)
-            scores[pairs] = np.where(held.any(axis=0), np.where(held, answers, 0).sum(axis=0), np.nan)
+            scores[place] = np.where(held.any(axis=0), np.where(held, answers, 0).sum(axis=0), np.nan)
         return scores
 
     def _score_held(self, queries: np.ndarray, wanted: np.ndarray, per_query: np.ndarray) -> np.ndarray:
@@ -130,9 +155,12 @@ class ShardedIndex:
         scores = np.full(len(wanted), np.nan, np.float32)
         if len(self._ids):
             row = np.searchsorted(self._ids, wanted).clip(max=len(self._ids) - 1)
-            held = self._ids[row] == wanted
-            owner = np.repeat(np.arange(len(queries)), per_query)[held]
-            scores[held] = np.einsum("pe,pe->p", queries[owner], self._rows[row[held]])
+            held = np.flatnonzero(self._ids[row] == wanted)
+            owner = np.repeat(np.arange(len(queries)), per_query)
+            at_once = max(1, BLOCK_NUMBERS // self._width)
+            for begin in range(0, len(held), at_once):
+                part = held[begin : begin + at_once]
+                scores[part] = np.einsum("pe,pe->p", queries[owner[part]], self._rows[row[part]])
         return scores
 
     def _query_blocks(self, local_queries: np.ndarray) -> Iterator[tuple[slice, np.ndarray, list[int]]]:
@@ -140,12 +168,8 @@ class ShardedIndex:
 
         Yields (which of this rank's queries, all ranks' queries of the block [b, e], how many each rank gave).
         """
-        bad = np.flatnonzero(~np.isfinite(local_queries).all(axis=1))
-        width = local_queries.shape[1] if len(local_queries) else 0
-        described = self._gather([len(local_queries), width, len(bad)])
+        described = self._gather([len(local_queries), local_queries.shape[1] if len(local_queries) else 0])
         width = _common_width(np.append(described[:, 1], self._width if sum(self.shard_sizes) else 0), "queries")
-        if described[:, 2].any():
-            raise ValueError(f"embeddings of {described[:, 2].tolist()} queries (by rank) are not finite")
         queries = np.ascontiguousarray(local_queries, np.float32).reshape(len(local_queries), width)
         sizes = described[:, 0]
         per_rank = max(1, self._block_size // self._context.world_size)
@@ -162,14 +186,14 @@ class ShardedIndex:
         size = len(self._ids)
         if size == 0 or len(queries) == 0:
             return scores, ids
-        asked = min(k + 1, size)
-        found, rows = self._index.search(queries, asked)
+        search = self._search if k <= self._search.max_k else HostSearch(self._rows)
+        found, rows = search.search(queries, min(k + 1, size))
         kept = min(k, size)
         scores[:, :kept], ids[:, :kept] = canonical_top(found, self._ids[rows], kept)
         if size > k:
             # faiss keeps any of several equal documents, so a tie across the end of the list is settled by id here.
             tied = np.flatnonzero(scores[:, k - 1] == found.min(axis=1))
-            per_block = max(1, TIE_BLOCK_SCORES // size)
+            per_block = max(1, BLOCK_NUMBERS // size)
             for start in range(0, len(tied), per_block):
                 block = tied[start : start + per_block]
                 scores[block], ids[block] = self._search_ties(queries[block], k)
@@ -197,11 +221,6 @@ class ShardedIndex:
 
     def _return(self, rows: np.ndarray, counts: list[int]) -> list[np.ndarray]:
         return return_rows(rows, counts, self._context.rank, self._context.world_group, self._context.device)
-
-
-def _pad_ids(ids: np.ndarray) -> list[int]:
-    shown = ids[:NUM_IDS_SHOWN].tolist()
-    return shown + [-1] * (NUM_IDS_SHOWN - len(shown))
 
 
 def _common_width(widths: np.ndarray, what: str) -> int:

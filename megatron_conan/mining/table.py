@@ -29,6 +29,10 @@ class CorpusFingerprint:
     num_texts: int
     num_documents: int
     tokenizer_sha256: str
+    tokens_sha256: str
+    """Of all texts' tokens."""
+    rows_sha256: str
+    """Of all rows' queries and positives, and the documents."""
 
 
 class NegativesTable:

@@ -94,12 +94,11 @@ class Contrastive:
             return surrogate, count, StepReport()
 
         self._schedule(chunks, step, loss)
-        replaced = self._update_negatives(step.batches[0], settled)
+        changes = self._update_negatives(step, settled)
         if not settled:
             return []
         report = settled[0].report
-        if replaced is not None:
-            report.means["negatives_replaced"] = (float(replaced), 1)  # the same on every rank: a mean, not a total
+        report.means |= changes
         return [report]
 
     def _schedule(
@@ -262,11 +261,16 @@ class Contrastive:
         begin, end = own_rows(step.batches[0], self.setup.context.dp_rank, self.setup.context.dp_size)
         return end - begin
 
-    def _update_negatives(self, batch: PairBatch, settled: list[Settled]) -> int | None:
-        """Let the similarities of the loss replace mined negatives, alike on all ranks. Returns how many were."""
-        table, mining, context = self.data.negatives.get(batch.store.name), self.setup.config.mining, self.setup.context
-        if table is None or mining is None or mining.rule == "none":
-            return None
+    def _update_negatives(self, step: PairStep, settled: list[Settled]) -> dict[str, tuple[float, float]]:
+        """Let the similarities of the loss replace mined negatives, alike on all ranks.
+
+        Returns:
+            Metrics (sum, count), the same on every rank: so a mean, not a total, over ranks.
+        """
+        batch, context = step.batches[0], self.setup.context
+        mining = self.setup.config.mining
+        if mining is None or batch.store.name not in self.data.negatives:
+            return {}
         mined = batch.slots >= 0
         similarity = torch.empty(int(mined.sum()), dtype=torch.float32, device=context.device)
         if settled:
@@ -274,8 +278,13 @@ class Contrastive:
         if context.world_size > 1:  # one rank of the last pipeline stage speaks for all, so that not one bit differs
             source = context.world_size // context.pp_size * (context.pp_size - 1)
             dist.broadcast(similarity, source, group=context.world_group)
-        rows = batch.rows[batch.negative[0, mined]]
-        return table.apply_updates(rows, batch.slots[mined], similarity.cpu().numpy())
+        seen = batch.rows[batch.negative[0, mined]], batch.slots[mined], similarity.cpu().numpy()
+        changes: dict[str, tuple[float, float]] = {
+            "negatives_drift": self.data.negatives[batch.store.name].drift(*seen)
+        }
+        if mining.rule != "none":
+            changes["negatives_replaced"] = (float(self.data.update_negatives(batch.store.name, *seen, step.step)), 1)
+        return changes
 
     def _report_batch(self, step: PairStep, query: Tensor, report: StepReport) -> None:
         """Spread of the queries (all [a, e] of the main batch), and what the texts of this rank cost."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import sys
@@ -9,12 +10,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_conan.config import RunConfig
 from megatron_conan.config.tree import MiningConfig
-from megatron_conan.data.batch import TextBatch
 from megatron_conan.data.format import prompt_name
-from megatron_conan.mining.refresh import MiningReport, MiningSettings, fingerprint, remine
+from megatron_conan.mining.local_search import SearchSettings
+from megatron_conan.mining.refresh import MiningReport, MiningSettings, check_identical, fingerprint, remine
+from megatron_conan.mining.rows import weights_fingerprint
+from megatron_conan.mining.rules import QueryRule, Rule, SwapRule
 from megatron_conan.mining.select import SelectionSettings
-from megatron_conan.mining.table import NegativesTable, SwapRule
+from megatron_conan.mining.table import NegativesTable
 from megatron_conan.train.loop import Trainer
 from megatron_conan.train.pair_data import Pairs
 from megatron_conan.train.run_folder import write_atomically
@@ -35,21 +39,26 @@ class MiningHook:
         self.setup, self.mining = setup, setup.config.mining
 
     def before_step(self, trainer: Trainer, step: int) -> dict[str, float]:
-        """Mine if due; age and replacements are metrics."""
+        """Mine if due; steps since the last mining, and replacements that found no candidate since then, are metrics."""
         data = trainer.parts.data
         assert isinstance(data, Pairs)
         if self.mining.is_due(step - 1):
             self._mine(trainer, data, step)
-        ages = [step - 1 - table.step for table in data.negatives.values()]
-        return {"negatives_age": float(max(ages, default=0))}
+        tables = data.negatives.values()
+        return {
+            "negatives_age": float(max((step - 1 - table.step for table in tables), default=0)),
+            "negatives_dry": float(sum(table.num_dry for table in tables)),
+        }
 
     def after_training(self, trainer: Trainer) -> None:
         """Nothing: negatives are for training only."""
 
     def state(self, trainer: Trainer, step: int) -> dict[str, Any]:
-        """Write the tables as they stand and remember the folder."""
+        """Write the tables as they stand and remember the folder. Raises RuntimeError if the ranks' tables differ."""
         data = trainer.parts.data
         assert isinstance(data, Pairs)
+        for source in sorted(data.negatives):
+            check_identical(data.negatives[source], self.setup.context)
         name = f"step_{step:08d}"
         if self.setup.context.rank == 0:
             for source, table in data.negatives.items():
@@ -66,29 +75,32 @@ class MiningHook:
         for source in state.get("sources", []):
             expected = fingerprint(data.by_name[source], self.setup.tokenizer)
             folder = self._folder() / state["folder"] / source
-            data.negatives[source] = NegativesTable.load(folder, expected, swap_rule(self.mining))
+            data.negatives[source] = NegativesTable.load(folder, expected, replacement_rule(self.mining))
 
     def _mine(self, trainer: Trainer, data: Pairs, step: int) -> None:
         config, context = self.setup.config, self.setup.context
-
-        def embed(batch: TextBatch) -> Any:
-            return embed_texts(trainer.chunks, batch, context)
-
+        mining = self.mining
         settings = MiningSettings(
             selection=SelectionSettings(
-                pool_size=self.mining.pool_size,
-                window=self.mining.window,
-                skip_top=self.mining.skip_top,
-                margin=self.mining.margin,
-                margin_kind=self.mining.margin_kind,
-                ceiling=self.mining.ceiling,
-                sample_seed=config.train.seed + step if self.mining.sample else None,
+                pool_size=mining.pool_size,
+                window=mining.window,
+                skip_top=mining.skip_top,
+                margin=mining.margin,
+                margin_kind=mining.margin_kind,
+                ceiling=mining.ceiling,
+                sample_seed=config.train.seed + step if mining.sample else None,
             ),
             formatter=self.setup.formatter,
             num_negatives=config.contrastive.num_hard_negatives,
-            max_tokens=self.mining.max_tokens,
+            max_tokens=mining.max_tokens,
+            width=config.embedding_dim,
             pad_multiple=data.pad_multiple,
-            rule=swap_rule(self.mining),
+            rule=replacement_rule(mining),
+            search=SearchSettings(mining.gpu_memory_gib, mining.gpu_fp16),
+            scratch_dir=scratch_folder(config),
+            weights=weights_fingerprint(trainer.chunks, f"alpha {trainer.soft_mask.value!r}")
+            if mining.scratch_dir
+            else "",
         )
         for store in data.stores:
             if store.task != "retrieval":
@@ -100,8 +112,15 @@ class MiningHook:
                 document_prompt=prompt_name(store.task, "document", source.document_prompt),
             )
             with evaluating(trainer.chunks):
-                previous = data.negatives.get(store.name)
-                result = remine(store, embed, context, self.setup.tokenizer, settings, step=step - 1, previous=previous)
+                result = remine(
+                    store,
+                    lambda micro_batches: embed_texts(trainer.chunks, micro_batches, context),
+                    context,
+                    self.setup.tokenizer,
+                    settings,
+                    step=step - 1,
+                    previous=data.negatives.get(store.name),
+                )
             data.negatives[store.name] = result.table
             if context.rank == 0:
                 self._record(store.name, result.report)
@@ -133,6 +152,18 @@ class MiningHook:
         return self.setup.config.run_dir / "negatives"
 
 
-def swap_rule(mining: MiningConfig) -> SwapRule:
-    """The thresholds of the v2 rule from the config."""
-    return SwapRule(mining.low_score, mining.drop_ratio or 1.2, 0.7 if mining.high_score is None else mining.high_score)
+def replacement_rule(mining: MiningConfig) -> Rule:
+    """The rule of the config, with its published thresholds where none are given."""
+    given = {"drop_ratio": mining.drop_ratio, "high_score": mining.high_score}
+    thresholds = {name: value for name, value in given.items() if value is not None}
+    if mining.rule == "v1":
+        return QueryRule(every=mining.rule_every, offset=mining.rule_offset, **thresholds)
+    return SwapRule(low_score=mining.low_score, **thresholds)
+
+
+def scratch_folder(config: RunConfig) -> Path | None:
+    """This run's folder under `mining.scratch_dir`; None for memory."""
+    if config.mining is None or config.mining.scratch_dir is None:
+        return None
+    path = hashlib.sha256(str(config.run_dir.resolve()).encode()).hexdigest()[:8]
+    return config.mining.scratch_dir / f"{config.run_dir.name}-{path}"

@@ -21,6 +21,8 @@ from megatron_conan.train.setup import Setup
 class PairStep:
     """A step's global batch, and this rank's share of its texts."""
 
+    step: int
+    """Number of the step, from 1."""
     batches: list[PairBatch]
     """The rows of one source; with `contrastive.batch_balance` also those of an sts source. Their texts are counted
     through: queries, then documents, batch after batch."""
@@ -121,6 +123,7 @@ class Pairs:
             for part in parts
         ]
         return PairStep(
+            step=step,
             batches=batches,
             micro_batches=micro_batches,
             num_embedded=[len(part) for part in parts],
@@ -128,6 +131,21 @@ class Pairs:
             gathered=np.concatenate(dealt),
             num_tokens=int(texts.lengths[own].sum()),
             num_truncated=int(texts.truncated[own].sum()),
+        )
+
+    def update_negatives(
+        self, source: str, rows: np.ndarray, slots: np.ndarray, similarities: np.ndarray, step: int
+    ) -> int:
+        """Tell the tables what the loss of a step saw of one source (`NegativesTable.apply_updates`).
+
+        Those of other sources hear of the step too: a rule may be due there. Returns the number of negatives replaced.
+        """
+        none = slice(0, 0)
+        return sum(
+            table.apply_updates(rows, slots, similarities, step=step)
+            if name == source
+            else table.apply_updates(rows[none], slots[none], similarities[none], step=step)
+            for name, table in sorted(self.negatives.items())
         )
 
 

@@ -1,6 +1,6 @@
 """One optimizer step through megatron-core's schedule, and one forward pass that embeds texts.
 
-Shapes: `b` micro-batch, `s` sequence, `n` texts, `h` hidden, `e` embedding dim.
+Shapes: `b` micro-batch, `s` sequence, `t` packed tokens, `n` texts, `h` hidden, `e` embedding dim.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
-from megatron_conan.data.batch import TextBatch
+from megatron_conan.data.packing import PackedTexts
 from megatron_conan.parallel.context import ParallelContext
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, "StepReport"]]
@@ -134,39 +134,44 @@ def reduce_reports(reports: Sequence[StepReport], context: ParallelContext) -> d
 
 
 @torch.no_grad()
-def embed_texts(chunks: list[DistributedDataParallel], batch: TextBatch, context: ParallelContext) -> Tensor:
-    """Embed a batch of formatted texts with the live weights.
+def embed_texts(
+    chunks: list[DistributedDataParallel], micro_batches: Sequence[PackedTexts], context: ParallelContext
+) -> Tensor:
+    """Embed packed texts with the live weights, through the pipeline if there is one.
 
-    All tensor and pipeline ranks of a data-parallel rank must call, with the same batch.
+    All tensor and pipeline ranks of a data-parallel rank must call, with the same micro-batches.
 
     Args:
-        chunks: this rank's model chunks (one: the interleaved schedule is for training only).
-        batch: n right-padded texts; under sequence parallelism s must be divisible by tp.
+        chunks: this rank's model chunks.
+        micro_batches: all with the same number t of tokens; under sequence parallelism t must be divisible by tp.
         context: this rank's place.
 
     Returns:
-        [n, e] fp32, unit length, the same on every tensor and pipeline rank.
+        [n of all micro-batches, e] fp32, unit length, the same on every tensor and pipeline rank.
     """
+
+    def embed(batch: PackedTexts, model: torch.nn.Module) -> Tensor:
+        return model(batch.tokens, batch.sequences, embed=True, prompt_lengths=batch.prompt_lengths)
+
     if context.pp_size == 1:
-        return chunks[0](batch.tokens, batch.lengths, embed=True, prompt_lengths=batch.prompt_length)
-
-    def forward_step(_: Any, model: torch.nn.Module) -> tuple[Tensor, None]:
-        return model(batch.tokens, batch.lengths, embed=True, prompt_lengths=batch.prompt_length), None
-
+        return torch.cat([embed(batch, chunks[0]) for batch in micro_batches])
+    # the interleaved schedule takes whole rounds of micro-batches
+    fill = -len(micro_batches) % context.pp_size if len(chunks) > 1 else 0
     outputs = run_schedule(
         chunks,
-        forward_step,
-        [None],
-        seq_length=batch.tokens.shape[1],
-        micro_batch_size=batch.tokens.shape[0],
+        lambda batches, model: (embed(next(batches), model), None),
+        [*micro_batches, *[micro_batches[-1]] * fill],
+        seq_length=micro_batches[0].tokens.shape[1],
+        micro_batch_size=1,
         forward_only=True,
     )
-    n, e = batch.tokens.shape[0], chunks[0].get_submodule("module").embedding_dim
-    if context.is_last_stage:
-        embeddings = outputs[0].contiguous()
-    else:
-        embeddings = torch.empty((n, e), dtype=torch.float32, device=context.device)
     assert context.pp_group is not None
+    if context.is_last_stage:
+        embeddings = torch.cat(outputs[: len(micro_batches)])
+    else:
+        num_texts = sum(len(batch.sequences.lengths) for batch in micro_batches)
+        width = chunks[0].get_submodule("module").embedding_dim
+        embeddings = torch.empty((num_texts, width), dtype=torch.float32, device=context.device)
     dist.broadcast(embeddings, src=dist.get_process_group_ranks(context.pp_group)[-1], group=context.pp_group)
     return embeddings
 

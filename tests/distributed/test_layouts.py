@@ -193,7 +193,7 @@ def mined_baseline(
     return _mined_run(workers, tiny_data, tmp_path_factory.mktemp("mined") / "run", 1, {})
 
 
-@pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2", "tp2 pp2 sp"])
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "pp2 vpp2", "dp2", "tp2 pp2 sp"])
 def test_mined_negatives_equal_one_process(
     layout: str, workers: WorkerPool, tiny_data: dict[str, Path], tmp_path: Path, mined_baseline: Baseline
 ) -> None:

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from gloo_pool import WorkerPool
-from test_sharded_search import context_of
+from rank_contexts import context_of
 
-from megatron_conan.data.batch import TextBatch
 from megatron_conan.data.format import Formatter, TextKind
+from megatron_conan.data.packing import PackedTexts
 from megatron_conan.data.pair_files import preprocess_pairs
 from megatron_conan.data.pairs import PairStore
 from megatron_conan.data.tokenizer import Tokenizer
@@ -19,7 +19,8 @@ from megatron_conan.data.tokenizer_training import train_tokenizer
 from megatron_conan.mining.refresh import MiningResult, MiningSettings, NegativesTable, fingerprint, remine
 from megatron_conan.mining.select import SelectionSettings
 
-LAYOUTS = [(1, 1), (2, 1), (4, 2)]
+LAYOUTS = [(1, 1, 1), (2, 1, 1), (2, 2, 1), (2, 1, 2), (4, 1, 1), (4, 2, 1), (4, 2, 2)]
+"""(ranks, tensor, pipeline)"""
 WORDS = ["red", "green", "blue", "small", "large", "round", "flat", "hot", "cold", "old", "new", "near", "far", "slow"]
 SELECTION = SelectionSettings(pool_size=6, window=40, skip_top=1, margin=0.9)
 LENGTHS: dict[TextKind, int] = {"query": 20, "document": 24}
@@ -34,6 +35,7 @@ def make_settings(tokenizer: Tokenizer, prompts: dict[str, str], selection: Sele
         formatter=Formatter(tokenizer, prompts, LENGTHS),
         num_negatives=3,
         max_tokens=64,
+        width=8,
         query_prompt=NAMES["query"],
         document_prompt=NAMES["document"],
     )
@@ -75,17 +77,20 @@ def token_vectors(seed: int) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(seed).integers(-2, 3, (340, 8))).float()
 
 
-def embed_with(vectors: torch.Tensor, batch: TextBatch) -> torch.Tensor:
+def embed_with(vectors: torch.Tensor, micro_batches: list[PackedTexts]) -> torch.Tensor:
     """[n, 8]: the sum of the tokens' vectors, those behind the prompt counted twice, padding not at all."""
-    place = torch.arange(batch.tokens.shape[1])
-    weight = (place < batch.lengths[:, None]).float() * (1 + (place >= batch.prompt_length))
-    return (vectors[batch.tokens] * weight[:, :, None]).sum(1)
+    rows = []
+    for batch in micro_batches:
+        ends = batch.sequences.cu_seqlens.tolist()
+        for begin, end, prompt in zip(ends[:-1], ends[1:], batch.prompt_lengths.tolist(), strict=True):
+            token_vectors = vectors[batch.tokens[0, begin:end]]
+            rows.append(token_vectors.sum(0) + token_vectors[prompt:].sum(0))
+    return torch.stack(rows)
 
 
 def mine_here(
     data: tuple[Path, Path],
-    world_size: int,
-    tensor_parallel: int,
+    layout: tuple[int, int, int],
     prompts: dict[str, str] | None = None,
     selection: SelectionSettings = SELECTION,
 ) -> tuple[MiningResult, MiningResult]:
@@ -93,14 +98,14 @@ def mine_here(
     tokenizer = Tokenizer(data[1])
     settings = make_settings(tokenizer, prompts or {}, selection)
     store = PairStore(data[0], tokenizer)
-    context = context_of(world_size, tensor_parallel)
+    context = context_of(*layout)
     results: list[MiningResult] = []
     for seed, step in ((1, 0), (2, 50)):
         vectors = token_vectors(seed)
         results.append(
             remine(
                 store,
-                lambda batch, vectors=vectors: embed_with(vectors, batch),
+                lambda micro_batches, vectors=vectors: embed_with(vectors, micro_batches),
                 context,
                 tokenizer,
                 settings,
@@ -142,15 +147,14 @@ def brute_force(data: tuple[Path, Path], seed: int, prompts: dict[str, str]) -> 
 
 
 @pytest.mark.parametrize("prompts", [{}, PROMPTS], ids=["no prompts", "prompts"])
-@pytest.mark.parametrize(("world_size", "tensor_parallel"), LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_tables_equal_brute_force(
     workers: WorkerPool,
     data: tuple[Path, Path],
-    world_size: int,
-    tensor_parallel: int,
+    layout: tuple[int, int, int],
     prompts: dict[str, str],
 ) -> None:
-    results = workers.run(mine_here, world_size, data, world_size, tensor_parallel, prompts)
+    results = workers.run(mine_here, layout[0], data, layout, prompts)
     store = PairStore(data[0], Tokenizer(data[1]))
     expected = [brute_force(data, seed, prompts) for seed in (1, 2)]
     for number, (ids, scores) in enumerate(expected):
@@ -164,7 +168,7 @@ def test_tables_equal_brute_force(
             np.testing.assert_array_equal(in_use, ids[:, :3])
             assert (table.version, table.step) == (number + 1, (0, 50)[number])
             assert report.num_queries == len(ids) - 2
-            assert len(report.shard_sizes) == world_size
+            assert len(report.shard_sizes) == layout[0]
             assert sum(report.shard_sizes) == report.num_documents
             assert report.mean_negative_score == pytest.approx(scores[:, :3][ids[:, :3] >= 0].mean(), rel=1e-6)
             assert report.num_empty_slots == (ids[:, :3] < 0).sum()
@@ -179,14 +183,14 @@ def test_sampled_pools_are_the_same_in_every_layout(workers: WorkerPool, data: t
     sampled = replace(SELECTION, sample_seed=11, margin=None, pool_size=4)
     hashes = {
         result[1].table.content_hash()
-        for world_size, tensor_parallel in LAYOUTS
-        for result in workers.run(mine_here, world_size, data, world_size, tensor_parallel, None, sampled)
+        for layout in LAYOUTS
+        for result in workers.run(mine_here, layout[0], data, layout, None, sampled)
     }
     assert len(hashes) == 1
 
 
 def test_a_saved_table_belongs_to_its_source(data: tuple[Path, Path], tmp_path: Path) -> None:
-    table = mine_here(data, 1, 1)[1].table
+    table = mine_here(data, (1, 1, 1))[1].table
     table.save(tmp_path / "table")
     tokenizer = Tokenizer(data[1])
     corpus = fingerprint(PairStore(data[0], tokenizer), tokenizer)
@@ -197,7 +201,7 @@ def test_a_saved_table_belongs_to_its_source(data: tuple[Path, Path], tmp_path: 
 
 def mine_expecting_error(data: tuple[Path, Path], world_size: int, message: str) -> str:
     with pytest.raises(ValueError, match=message) as caught:
-        mine_here(data, world_size, 1)
+        mine_here(data, (world_size, 1, 1))
     return str(caught.value)
 
 
@@ -211,11 +215,12 @@ def test_a_positive_outside_the_corpus_stops_all_ranks(
     np.save(tmp_path / "pairs.corpus.npy", store.corpus_ids[store.corpus_ids != lost])
     errors = workers.run(mine_expecting_error, 2, (tmp_path / "pairs", data[1]), 2, "not among its documents")
     assert errors[0] == errors[1]
-    assert f"text {lost};" in errors[0]
+    assert f'text {lost} ("{store.text(lost)[:60]}' in errors[0]
+    assert f'of query text {store.query(20)} ("{store.text(store.query(20))[:60]}' in errors[0]
 
 
 def test_scored_pairs_are_refused(data: tuple[Path, Path], tmp_path: Path) -> None:
     (tmp_path / "sts.jsonl").write_text(json.dumps({"text1": "red", "text2": "blue", "score": 1.0}) + "\n")
     preprocess_pairs("sts", [tmp_path / "sts.jsonl"], data[1], tmp_path / "sts")
-    with pytest.raises(ValueError, match="scored pairs"):
-        mine_here((tmp_path / "sts", data[1]), 1, 1)
+    with pytest.raises(ValueError, match="holds sts rows, which have no negatives"):
+        mine_here((tmp_path / "sts", data[1]), (1, 1, 1))

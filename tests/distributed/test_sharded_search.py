@@ -4,35 +4,16 @@ import faiss
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from gloo_pool import WorkerPool
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rank_contexts import context_of
 
-from megatron_conan.data.batch import TextBatch
-from megatron_conan.mining.encode import encode_corpus, encode_texts, plan_batches
+from megatron_conan.data.packing import PackedTexts, pack_texts
+from megatron_conan.data.ragged import Ragged
+from megatron_conan.mining.encode import Embed, EmbeddedTexts, encode_corpus, encode_texts, packed_embed, plan_batches
 from megatron_conan.mining.shards import ShardedIndex, canonical_top
 from megatron_conan.parallel.context import ParallelContext
-
-
-def context_of(world_size: int, tensor_parallel: int = 1) -> ParallelContext:
-    """tp ranks side by side, as in megatron-core; these functions use the world group only."""
-    rank = dist.get_rank() if world_size > 1 else 0
-    return ParallelContext(
-        device=torch.device("cpu"),
-        rank=rank,
-        world_size=world_size,
-        tp_rank=rank % tensor_parallel,
-        tp_size=tensor_parallel,
-        tp_group=None,
-        pp_rank=0,
-        pp_size=1,
-        pp_group=None,
-        dp_rank=rank // tensor_parallel,
-        dp_size=world_size // tensor_parallel,
-        dp_group=None,
-        world_group=dist.group.WORLD if world_size > 1 else None,
-    )
 
 
 def integer_vectors(count: int, width: int, seed: int) -> np.ndarray:
@@ -67,17 +48,22 @@ def search_here(case: dict[str, int]) -> tuple[np.ndarray, np.ndarray, np.ndarra
     documents, ids, queries = make_case(case)
     document_rows = split_unevenly(len(documents), context.world_size, case["seed"] + 1)[context.rank]
     query_rows = split_unevenly(len(queries), context.world_size, case["seed"] + 2)[context.rank]
-    index = ShardedIndex(ids[document_rows], documents[document_rows], context, block_size=case["block_size"])
+    index = index_of(ids[document_rows], documents[document_rows], context, case["block_size"])
     scores, found = index.search(queries[query_rows], case["k"])
     pairs = [np.random.default_rng(int(row)).choice(len(ids) + 1, int(row) % 4) for row in query_rows]
-    pair_ids = np.concatenate([np.empty(0, np.int64), *(np.append(ids, 10**9)[rows] for rows in pairs)])
-    offsets = np.cumsum([0, *(len(rows) for rows in pairs)])
-    pair_scores = index.score_pairs(queries[query_rows], pair_ids, offsets)
+    wanted = Ragged.of([np.append(ids, 10**9)[rows] for rows in pairs])
+    pair_scores = index.score_pairs(queries[query_rows], wanted)
     by_id = dict(zip(ids.tolist(), documents, strict=True))
-    owner = np.repeat(query_rows, np.diff(offsets))
-    expected = [by_id[i] @ queries[q] if i in by_id else np.nan for i, q in zip(pair_ids.tolist(), owner, strict=True)]
+    pair_of = zip(wanted.values.tolist(), query_rows[wanted.owner], strict=True)
+    expected = [by_id[i] @ queries[q] if i in by_id else np.nan for i, q in pair_of]
     np.testing.assert_array_equal(pair_scores, np.array(expected, np.float32))
     return query_rows, scores, found, index.shard_sizes
+
+
+def index_of(ids: np.ndarray, documents: np.ndarray, context: ParallelContext, block_size: int = 4096) -> ShardedIndex:
+    """Over documents in any order."""
+    order = np.argsort(ids)
+    return ShardedIndex(EmbeddedTexts(ids[order], np.ascontiguousarray(documents[order])), context, block_size)
 
 
 def make_case(case: dict[str, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -129,7 +115,7 @@ def test_many_duplicates_and_several_blocks(workers: WorkerPool, world_size: int
 def collapsed_here(world_size: int) -> list[list[int]]:
     context = context_of(world_size)
     ids = np.arange(context.rank, 400, world_size)
-    index = ShardedIndex(ids, np.ones((len(ids), 8), np.float32), context)
+    index = index_of(ids, np.ones((len(ids), 8), np.float32), context)
     return index.search(np.ones((3, 8), np.float32), 6)[1].tolist()
 
 
@@ -142,7 +128,7 @@ def real_vectors_here(world_size: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(3)
     documents, queries = (rng.standard_normal((n, 64)).astype(np.float32) for n in (500, 40))
     mine = slice(context.rank, None, world_size)
-    return ShardedIndex(np.arange(500)[mine], documents[mine], context).search(queries[mine], 10)
+    return index_of(np.arange(500)[mine], documents[mine], context).search(queries[mine], 10)
 
 
 def test_real_vectors_agree_to_float32(workers: WorkerPool) -> None:
@@ -153,31 +139,8 @@ def test_real_vectors_agree_to_float32(workers: WorkerPool) -> None:
         assert np.array_equal(ids, whole[1][rank::2])  # no two scores of this seed are that close
 
 
-def nan_here(in_queries: bool) -> None:
-    context = context_of(2)
-    rows = np.ones((4, 3), np.float32)
-    if context.rank == 1:
-        rows[2, 0] = np.nan
-    good = np.ones((4, 3), np.float32)
-    index = ShardedIndex(np.arange(4) * 10 + context.rank, good if in_queries else rows, context)
-    index.search(rows, 2)
-
-
-def error_on_every_rank(in_queries: bool) -> str:
-    with pytest.raises(ValueError, match="not finite") as caught:
-        nan_here(in_queries)
-    return str(caught.value)
-
-
-def test_embeddings_that_are_not_finite_stop_all_ranks(workers: WorkerPool) -> None:
-    errors = workers.run(error_on_every_rank, 2, False)
-    assert errors[0] == errors[1]
-    assert "of 1 texts are not finite, among them text ids [21]" in errors[0]
-    assert workers.run(error_on_every_rank, 2, True) == ["embeddings of [0, 1] queries (by rank) are not finite"] * 2
-
-
 def test_wrong_k_and_sizes_are_refused() -> None:
-    index = ShardedIndex(np.arange(3), np.ones((3, 2), np.float32), context_of(1))
+    index = index_of(np.arange(3), np.ones((3, 2), np.float32), context_of(1))
     with pytest.raises(ValueError, match="k=0"):
         index.search(np.ones((1, 2), np.float32), 0)
     with pytest.raises(ValueError, match=r"queries have different widths: \[2, 3\]"):
@@ -192,53 +155,109 @@ def make_texts(count: int) -> list[np.ndarray]:
     return [rng.integers(4, 90, rng.integers(1, 30)).astype(np.int32) for _ in range(count)]
 
 
-def embed(batch: TextBatch) -> torch.Tensor:
+def embed(micro_batches: list[PackedTexts]) -> torch.Tensor:
     """[n, 5] of exact float32 integers: length, sum, weighted sum, last token, prompt. Padding (0) must not matter."""
-    tokens, lengths = batch.tokens.float(), batch.lengths
-    last = batch.tokens.gather(1, lengths[:, None] - 1)[:, 0]
-    place = torch.arange(1, tokens.shape[1] + 1)
-    prompt = torch.full(lengths.shape, float(batch.prompt_length))
-    return torch.stack([lengths.float(), tokens.sum(1), (tokens * place).sum(1), last.float(), prompt], dim=1)
+    rows = []
+    for batch in micro_batches:
+        assert batch.tokens.shape[1] == micro_batches[0].tokens.shape[1]
+        ends = batch.sequences.cu_seqlens.tolist()
+        for begin, end, prompt in zip(ends[:-1], ends[1:], batch.prompt_lengths.tolist(), strict=True):
+            text = batch.tokens[0, begin:end].float()
+            place = torch.arange(1, end - begin + 1)
+            rows.append([end - begin, text.sum(), (text * place).sum(), text[-1], prompt])
+    return torch.tensor(rows)
 
 
-def encode_here(world_size: int, tensor_parallel: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    context = context_of(world_size, tensor_parallel)
+def embed_ids(texts: list[np.ndarray], context: ParallelContext) -> Embed:
+    """Text i has id 7 i + 100."""
+    return packed_embed(embed, lambda i: texts[(i - 100) // 7], context.device, pad_id=0, prompt_length=3)
+
+
+def ids_and_lengths(texts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    return np.arange(len(texts)) * 7 + 100, np.array([len(text) for text in texts], dtype=np.int64)
+
+
+def encode_here(context: ParallelContext, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     texts = make_texts(count)
-    ids = np.arange(count) * 7 + 100
-    lengths = np.array([len(text) for text in texts], dtype=np.int64)
-    settings = {"max_tokens": 64, "pad_id": 0, "prompt_length": 3}
-    part = encode_corpus(embed, lambda i: texts[(i - 100) // 7], ids, lengths, context, **settings)
-    return part.ids, part.embeddings, encode_texts(embed, texts, context, **settings)
+    part = encode_corpus(embed_ids(texts, context), *ids_and_lengths(texts), context, width=5, max_tokens=64)
+    gathered = encode_texts(embed, texts, context, width=5, max_tokens=64, pad_id=0, prompt_length=3)
+    return part.ids, part.embeddings, gathered
 
 
-@pytest.mark.parametrize(("world_size", "tensor_parallel"), [(1, 1), (2, 1), (2, 2), (4, 2)])
+def encode_in_layout(layout: dict[str, int], count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return encode_here(context_of(**layout), count)
+
+
+LAYOUTS = {
+    "1": {"world_size": 1},
+    "dp2": {"world_size": 2},
+    "tp2": {"world_size": 2, "tensor_parallel": 2},
+    "pp2": {"world_size": 2, "pipeline_parallel": 2},
+    "dp4": {"world_size": 4},
+    "dp2 tp2": {"world_size": 4, "tensor_parallel": 2},
+    "dp2 pp2": {"world_size": 4, "pipeline_parallel": 2},
+    "tp2 pp2": {"world_size": 4, "tensor_parallel": 2, "pipeline_parallel": 2},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("count", [0, 1, 50])
-def test_every_text_is_encoded_once(workers: WorkerPool, world_size: int, tensor_parallel: int, count: int) -> None:
+def test_every_text_is_encoded_once(workers: WorkerPool, layout: str, count: int) -> None:
     texts = make_texts(count)
-    expected = np.array([embed(TextBatch(torch.tensor(t)[None], torch.tensor([len(t)]), 3))[0].numpy() for t in texts])
-    results = workers.run(encode_here, world_size, world_size, tensor_parallel, count)
+    expected = np.array(
+        [embed([pack_texts([i], texts.__getitem__, np.full(count, 3), pad_id=0)])[0].numpy() for i in range(count)]
+    ).reshape(count, 5)
+    results = workers.run(encode_in_layout, LAYOUTS[layout]["world_size"], LAYOUTS[layout], count)
     ids = np.concatenate([result[0] for result in results])
     assert sorted(ids.tolist()) == [i * 7 + 100 for i in range(count)]
     for part_ids, rows, gathered in results:
-        assert len(part_ids) == len(rows)
-        assert gathered.shape == ((count, 5) if count else (0, 0))
-        for text_id, row in zip(part_ids, rows, strict=True):
-            np.testing.assert_array_equal(row, expected[(text_id - 100) // 7])
-        np.testing.assert_array_equal(gathered, expected.reshape(gathered.shape))
+        assert (np.diff(part_ids) > 0).all()
+        np.testing.assert_array_equal(rows, expected[(part_ids - 100) // 7])
+        np.testing.assert_array_equal(gathered, expected)
     if count == 50:
-        sizes = [len(result[0]) for result in results]
-        assert min(sizes) > 0
+        assert min(len(result[0]) for result in results) > 0
+
+
+def poisoned_here(poisoned: list[int]) -> str:
+    """The message, where the embeddings of some texts are NaN."""
+    context, texts = context_of(2), make_texts(50)
+    good = embed_ids(texts, context)
+
+    def embed_some(batches: list[np.ndarray]) -> torch.Tensor:
+        rows = good(batches)
+        rows[np.isin(np.concatenate(batches), poisoned), 1] = float("nan")
+        return rows
+
+    with pytest.raises(ValueError, match="not finite") as caught:
+        encode_corpus(
+            embed_some,
+            *ids_and_lengths(texts),
+            context,
+            width=5,
+            max_tokens=64,
+            describe=lambda text_id: f"text {text_id}",
+        )
+    return str(caught.value)
+
+
+def test_embeddings_that_are_not_finite_stop_all_ranks(workers: WorkerPool) -> None:
+    one = workers.run(poisoned_here, 2, [121])
+    assert one[0] == one[1]
+    assert "embeddings of 1 texts are not finite, among them text 121; the model has diverged" in one[0]
+    many = [i * 7 + 100 for i in range(0, 50, 5)]
+    errors = workers.run(poisoned_here, 2, many)
+    assert errors[0] == errors[1]
+    shown = ", ".join(f"text {text_id}" for text_id in many[:5])
+    assert f"embeddings of 10 texts are not finite, among them {shown}; " in errors[0]
 
 
 def test_plan_is_sorted_and_within_the_budget() -> None:
     lengths = np.random.default_rng(0).integers(1, 60, 300)
     plan = plan_batches(lengths, 128)
     assert sorted(np.concatenate(plan).tolist()) == list(range(300))
-    padded = [-(-int(lengths[batch].max()) // 8) * 8 for batch in plan]
-    assert all(width * len(batch) <= 128 for width, batch in zip(padded, plan, strict=True))
-    assert padded == sorted(padded, reverse=True)
-    many = np.random.default_rng(1).integers(1, 60, 3000)
-    # Mixed lengths would make every batch as wide as 64, which needs 94 batches.
-    assert len(plan_batches(many, 2048)) <= 1.1 * (-(-many // 8) * 8).sum() / 2048
-    with pytest.raises(ValueError, match="max_tokens=48 is below the longest text, 64 tokens"):
+    assert all(lengths[batch].sum() <= 128 for batch in plan)
+    assert (np.diff(lengths[np.concatenate(plan)]) <= 0).all()
+    assert len(plan) <= 1.3 * lengths.sum() / 128
+    assert plan_batches(lengths[:0], 1) == []
+    with pytest.raises(ValueError, match="max_tokens=48 is below the longest text, 59 tokens"):
         plan_batches(lengths, 48)

@@ -26,6 +26,7 @@ BASE: dict[str, Any] = {
 
 TOKENS = {"train__micro_batch_size": None, "train__micro_batch_tokens": 64}
 TWO_NEGATIVES = {"mining__every": 5, "contrastive__num_hard_negatives": 2}
+AT = {"contrastive__num_hard_negatives": 2}
 
 
 def build(stage: str, **changes: Any) -> RunConfig:
@@ -114,10 +115,6 @@ def test_losses_that_fit_are_accepted():
         ("pretrain", {"mining__every": 5}, 2, ["section mining", "stage=pretrain", "remove it"]),
         ("sft", {"soft_mask__schedule": "linear"}, 2, ["stage=sft", "must stay causal", "remove the soft_mask section"]),
         ("pretrain", {"soft_mask__alpha": 1.0}, 2, ["stage=pretrain", "must stay causal"]),
-        ("pretrain", {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2, "evaluation__data": "e"}, 2,
-         ["section evaluation", "parallel.virtual_pipeline=2", "set evaluation=null or parallel.virtual_pipeline=null"]),
-        ("weak", {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2, "mining__every": 5}, 2,
-         ["section mining", "parallel.virtual_pipeline=2", "set mining=null or parallel.virtual_pipeline=null"]),
         ("pretrain", {"optimizer__min_lr": 2e-3}, 2, ["optimizer.min_lr=0.002", "lr=0.001", "decoupled_lr=None"]),
         ("pretrain", {"optimizer__min_lr": 1e-4, "optimizer__decoupled_lr": 1e-5}, 2,
          ["optimizer.min_lr=0.0001", "decoupled_lr=1e-05"]),
@@ -136,8 +133,19 @@ def test_losses_that_fit_are_accepted():
         ("pretrain", {"pooling__projection_dim": 8}, 2, ["pooling.projection_dim", "stage=pretrain", "remove it"]),
         ("weak", {**TWO_NEGATIVES, "mining__skip_top": 9, "mining__window": 9}, 2,
          ["mining.window=9 leaves nothing after mining.skip_top=9; widen the window"]),
-        ("weak", {**TWO_NEGATIVES, "mining__max_tokens": 71}, 2,
-         ["mining.max_tokens=71 is below one padded text of 72 tokens; use at least 72"]),
+        ("weak", {**TWO_NEGATIVES, "mining__max_tokens": 63}, 2,
+         ["mining.max_tokens=63 is below one text of 64 tokens; use at least 64"]),
+        ("weak", {**TWO_NEGATIVES, "mining__every": None}, 2, ["give mining.every or mining.at"]),
+        ("weak", {**TWO_NEGATIVES, "mining__at": [0]}, 2, ["mining.every=5 and mining.at=[0] exclude each other; give one"]),
+        ("weak", {**AT, "mining__at": [3, 0]}, 2, ["mining.at=[3, 0] must hold rising numbers of steps"]),
+        ("weak", {**AT, "mining__at": [0, 0]}, 2, ["mining.at=[0, 0] must hold rising numbers of steps"]),
+        ("weak", {**AT, "mining__at": []}, 2, ["mining.at=[] must hold rising numbers of steps"]),
+        ("weak", {**AT, "mining__at": [0, 10], "train__steps": 10}, 2,
+         ["mining.at=[0, 10] goes beyond train.steps=10: no step would use that mining"]),
+        ("weak", {**TWO_NEGATIVES, "mining__margin": 1.5}, 2, ["mining.margin=1.5 must be a share", "margin_kind=absolute"]),
+        ("weak", {**TWO_NEGATIVES, "mining__margin": -0.1, "mining__margin_kind": "absolute"}, 2, ["mining.margin=-0.1"]),
+        ("weak", {**TWO_NEGATIVES, "mining__rule": "v1", "mining__pool_size": 11}, 2,
+         ["mining.pool_size=11 holds no replacement", "mining.rule_offset=10", "contrastive.num_hard_negatives=2"]),
         ("weak", {"contrastive__matryoshka_dims": [16, 64], "contrastive__matryoshka_weights": [1.0]}, 2,
          ["contrastive.matryoshka_weights=[1.0]", "one weight for each", "contrastive.matryoshka_dims=[16, 64]"]),
         ("weak", {"contrastive__matryoshka_weights": [1.0]}, 2, ["contrastive.matryoshka_dims=None"]),
@@ -169,7 +177,18 @@ def test_the_remedies_that_name_numbers_work():
     for size in (8, 16):
         check_config(build("weak", train__global_batch_size=size), 2)
     check_config(build("weak", **TOKENS), 2)
-    check_config(build("weak", **TWO_NEGATIVES, mining__max_tokens=72), 2)
+    check_config(build("weak", **TWO_NEGATIVES, mining__max_tokens=64), 2)
+    check_config(build("weak", **TWO_NEGATIVES, mining__margin=1.5, mining__margin_kind="absolute"), 2)
+    check_config(build("weak", **TWO_NEGATIVES, mining__rule="v1", mining__pool_size=12), 2)
+
+
+def test_when_mining_is_due():
+    every = build("weak", **TWO_NEGATIVES).mining
+    assert [done for done in range(12) if every.is_due(done)] == [0, 5, 10]
+    assert (every.count(10), every.count(11)) == (2, 3)
+    at = build("weak", **AT, mining__at=[2, 7]).mining
+    assert [done for done in range(12) if at.is_due(done)] == [2, 7]
+    assert at.count(8) == 2
 
 
 def test_data_parallel_size():

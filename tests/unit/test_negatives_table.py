@@ -1,5 +1,6 @@
 """The rule for single negatives against a step-by-step transcription of the paper's sentence, and the table's files."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,9 @@ from hypothesis import strategies as st
 from megatron_conan.mining.rules import SwapRule
 from megatron_conan.mining.table import CorpusFingerprint, NegativesTable
 
-CORPUS = CorpusFingerprint(num_rows=3, num_texts=50, num_documents=40, tokenizer_sha256="a" * 64)
+CORPUS = CorpusFingerprint(
+    num_rows=3, num_texts=50, num_documents=40, tokenizer_sha256="a" * 64, tokens_sha256="b" * 64, rows_sha256="c" * 64
+)
 
 
 class PlainRow:
@@ -54,7 +57,7 @@ def test_rule_equals_the_plain_transcription(data: st.DataObject) -> None:
         pool_ids[row, : len(pool)] = [i for i, _ in pool]
         pool_scores[row, : len(pool)] = scores
         plain.append(PlainRow(pool, num_negatives))
-    corpus = CorpusFingerprint(num_rows, 1000, 1000, "x")
+    corpus = CorpusFingerprint(num_rows, 1000, 1000, "x", "y", "z")
     table = NegativesTable.from_pools(pool_ids, pool_scores, num_negatives, corpus=corpus)
     for _ in range(data.draw(st.integers(1, 5))):
         rows = data.draw(st.lists(st.integers(0, num_rows - 1), unique=True))
@@ -137,7 +140,7 @@ def test_save_and_load(tmp_path: Path) -> None:
 
 def test_load_refuses_other_data_and_names_the_difference(tmp_path: Path) -> None:
     small_table().save(tmp_path / "table")
-    other = CorpusFingerprint(num_rows=3, num_texts=51, num_documents=40, tokenizer_sha256="b" * 64)
+    other = replace(CORPUS, num_texts=51, tokenizer_sha256="b" * 64, rows_sha256="d" * 64)
     with pytest.raises(ValueError, match=r"num_texts: 50 in the table, 51 now; tokenizer_sha256: a{64} in the table"):
         NegativesTable.load(tmp_path / "table", other)
     with pytest.raises(ValueError, match=r"table\.json is missing"):

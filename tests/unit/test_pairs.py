@@ -4,11 +4,9 @@ import math
 
 import numpy as np
 import pytest
-import torch
 from pair_stores import write_rows
 from sample_texts import DOCUMENTS, load_tool, run_script
 
-from megatron_conan.data.batch import collate_texts
 from megatron_conan.data.pair_files import preprocess_pairs
 from megatron_conan.data.pairs import PairStore
 from megatron_conan.data.tokenizer import Tokenizer
@@ -164,14 +162,3 @@ def test_tool_runs_as_documented(tmp_path, tokenizer):
     with pytest.raises(SystemExit) as stop:
         load_tool("preprocess_pairs").main(["--task", "unknown"])
     assert stop.value.code == 2
-
-
-def test_collate_pads_right_to_the_multiple():
-    batch = collate_texts([np.array([4, 5, 6]), np.array([7])], pad_id=0, pad_multiple=4)
-    assert batch.tokens.tolist() == [[4, 5, 6, 0], [7, 0, 0, 0]]
-    assert batch.lengths.tolist() == [3, 1]
-    assert batch.tokens.dtype == batch.lengths.dtype == torch.int64
-    assert collate_texts([np.arange(8)], pad_id=0).tokens.shape == (1, 8)
-    assert collate_texts([], pad_id=0).tokens.shape == (0, 0)
-    with pytest.raises(ValueError, match="pad_multiple=0"):
-        collate_texts([], pad_id=0, pad_multiple=0)

@@ -112,7 +112,7 @@ def make_table(rule: Rule | None, pools: list[list[float]], num_negatives: int) 
     for row, pool in enumerate(pools):
         ids[row, : len(pool)] = 1000 * row + np.arange(len(pool))
         scores[row, : len(pool)] = pool
-    corpus = CorpusFingerprint(len(pools), 10**6, 10**6, "x")
+    corpus = CorpusFingerprint(len(pools), 10**6, 10**6, "x", "y", "z")
     return NegativesTable.from_pools(ids, scores, num_negatives, corpus=corpus, rule=rule)
 
 

@@ -5,7 +5,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_conan.mining.select import BEYOND_WINDOW, KNOWN, MARGIN, SKIPPED, SelectionSettings, select_negatives
+from megatron_conan.data.ragged import Ragged
+from megatron_conan.mining.select import (
+    BEYOND_WINDOW,
+    KNOWN,
+    MARGIN,
+    SHORT_REASONS,
+    SKIPPED,
+    SelectionSettings,
+    lowest_scores,
+    select_negatives,
+)
 
 
 def plain_pool(
@@ -60,7 +70,9 @@ def cases(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, list[np.ndarray], li
 @given(cases())
 def test_equals_the_plain_loop(case: tuple) -> None:
     scores, ids, known, positives, selection = case
-    result = select_negatives(scores, ids, known, positives, selection)
+    scored = Ragged.of(positives)
+    lowest = lowest_scores(np.concatenate([np.empty(0, np.float32), *positives]), scored.offsets)
+    result = select_negatives(scores, ids, Ragged.of(known), lowest, selection)
     for i in range(len(scores)):
         expected = plain_pool(scores[i].tolist(), ids[i].tolist(), known[i].tolist(), positives[i].tolist(), selection)
         pool = result.ids[i]
@@ -77,7 +89,9 @@ def test_equals_the_plain_loop(case: tuple) -> None:
 def one_query(scores: list[float], positive: float, **options: object) -> list[int]:
     ids = np.arange(len(scores))[None]
     selection = SelectionSettings(pool_size=len(scores), **options)  # type: ignore[arg-type]
-    result = select_negatives(np.array([scores], np.float32), ids, [np.empty(0, int)], np.array([positive]), selection)
+    result = select_negatives(
+        np.array([scores], np.float32), ids, Ragged.of([np.empty(0, int)]), np.array([positive]), selection
+    )
     return result.ids[0][result.ids[0] >= 0].tolist()
 
 
@@ -92,7 +106,9 @@ def test_margin_never_goes_the_wrong_way() -> None:
 def test_lowest_of_several_positives_counts() -> None:
     scores, ids = np.array([[0.9, 0.7, 0.5]], np.float32), np.array([[10, 11, 12]])
     selection = SelectionSettings(pool_size=3, margin=1.0)
-    result = select_negatives(scores, ids, [np.array([1])], [np.array([0.95, 0.6], np.float32)], selection)
+    result = select_negatives(
+        scores, ids, Ragged.of([np.array([1])]), lowest_scores(np.array([0.95, 0.6]), np.array([0, 2])), selection
+    )
     assert result.ids.tolist() == [[12, -1, -1]]
     assert result.rejected[0, MARGIN] == 2
 
@@ -100,7 +116,7 @@ def test_lowest_of_several_positives_counts() -> None:
 def test_skipped_places_do_not_count_known_documents() -> None:
     scores, ids = np.array([[0.9, 0.8, 0.7, 0.6, 0.5]], np.float32), np.array([[3, 4, 5, 6, 7]])
     selection = SelectionSettings(pool_size=4, skip_top=1, window=3)
-    result = select_negatives(scores, ids, [np.array([3])], np.array([1.0]), selection)
+    result = select_negatives(scores, ids, Ragged.of([np.array([3])]), np.array([1.0]), selection)
     assert result.ids.tolist() == [[5, 6, -1, -1]]
     assert result.rejected[0, [KNOWN, BEYOND_WINDOW, SKIPPED]].tolist() == [1, 1, 1]
 
@@ -108,24 +124,26 @@ def test_skipped_places_do_not_count_known_documents() -> None:
 def test_short_queries_are_counted_by_their_main_reason() -> None:
     scores = np.array([[0.9, 0.8, 0.1], [0.9, 0.8, 0.7], [0.4, 0.3, -np.inf]], np.float32)
     ids = np.array([[1, 2, 3], [1, 2, 3], [1, 2, -1]])
-    known = [np.empty(0, int), np.empty(0, int), np.array([1])]
+    known = Ragged.of([np.empty(0, int), np.empty(0, int), np.array([1])])
     result = select_negatives(scores, ids, known, np.array([0.5, 1.0, 1.0]), SelectionSettings(pool_size=3, margin=0.9))
     assert result.missing.tolist() == [2, 0, 2]
-    assert result.count_short() == {"margin": 1, "corpus": 1}
+    reasons = result.short_reason()
+    assert reasons[1] == -1
+    assert [SHORT_REASONS[reason] for reason in reasons[[0, 2]]] == ["margin", "corpus"]
 
 
 def test_sampling_is_seeded_even_and_independent_of_the_layout() -> None:
     num_queries, width, pool_size = 400, 20, 5
     ids = np.tile(np.arange(width), (num_queries, 1))
     scores = np.tile(np.linspace(1, 0, width, dtype=np.float32), (num_queries, 1))
-    known = [np.array([0])] * num_queries
+    known = Ragged.of([np.array([0])] * num_queries)
     query_ids = np.arange(num_queries) + 1000
     selection = SelectionSettings(pool_size=pool_size, sample_seed=7)
 
     def run(rows: np.ndarray, seed: int = 7) -> np.ndarray:
         chosen = SelectionSettings(pool_size=pool_size, sample_seed=seed)
         return select_negatives(
-            scores[rows], ids[rows], [known[r] for r in rows], np.ones(len(rows)), chosen, query_ids[rows]
+            scores[rows], ids[rows], known.take(rows), np.ones(len(rows)), chosen, query_ids[rows]
         ).ids
 
     rows = np.arange(num_queries)
@@ -150,7 +168,7 @@ def test_wrong_settings_are_refused() -> None:
         select_negatives(
             np.zeros((2, 1), np.float32),
             np.zeros((2, 1), np.int64),
-            [np.empty(0, int)] * 2,
+            Ragged.of([np.empty(0, int)] * 2),
             np.array([1.0, np.nan]),
             SelectionSettings(pool_size=1, margin=0.9),
         )
