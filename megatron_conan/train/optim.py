@@ -50,13 +50,14 @@ def build_optimizer(
     """
     o = config.optimizer
     bf16 = config.train.precision == "bf16"
+    decoupled_lr = o.decoupled_lr if o.decoupled_lr != o.lr else None
     optimizer = get_megatron_optimizer(
         CoreOptimizerConfig(
             optimizer="adam",
             lr=o.lr,
             min_lr=o.min_lr,
-            decoupled_lr=o.decoupled_lr,
-            decoupled_min_lr=o.min_lr if o.decoupled_lr is not None else None,
+            decoupled_lr=decoupled_lr,
+            decoupled_min_lr=o.min_lr if decoupled_lr is not None else None,
             weight_decay=o.weight_decay,
             adam_beta1=o.beta1,
             adam_beta2=o.beta2,
@@ -68,6 +69,7 @@ def build_optimizer(
         ),
         chunks,
     )
+    _tell_groups_apart(optimizer, decoupled_lr)
     core.grad_scale_func = optimizer.scale_loss
     steps = config.train.steps
     scheduler = OptimizerParamScheduler(
@@ -86,3 +88,14 @@ def build_optimizer(
         override_opt_param_scheduler=True,
     )
     return optimizer, scheduler
+
+
+def _tell_groups_apart(optimizer: MegatronOptimizer, decoupled_lr: float | None) -> None:
+    """Mark the parameter group of the embedding table, where it has a learning rate of its own.
+
+    megatron-core 0.16.1 finds the groups of a checkpoint by this mark among others, and never sets it: two groups that differ
+    in nothing else then take each other's place on resume.
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for group in part.param_groups:
+            group["is_decoupled_lr"] = decoupled_lr is not None and group["max_lr"] == decoupled_lr

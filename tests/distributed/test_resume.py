@@ -25,6 +25,7 @@ MINING = {
 def _config(stage: str, files: dict[str, Path], run: Path, **more: Any) -> RunConfig:
     train = {"steps": 8, "micro_batch_size": 4, "global_batch_size": 8}
     sections: dict[str, Any] = {"train": train, "checkpoint": {"every": 4}, **(MINING if stage == "finetune" else {})}
+    sections["optimizer"] = {"decoupled_lr": 2e-3}
     return tiny_config(stage, files, run, **{**sections, **more})
 
 
