@@ -26,6 +26,8 @@ EmbedPacked = Callable[[list[PackedTexts]], torch.Tensor]
 
 PIPELINE_ROUNDS = 4
 """Batches that go through the pipeline together, a stage: the more, the less it idles."""
+QUERY_BLOCK = 16384
+"""Queries (of all ranks) that are embedded, then searched, together."""
 NUM_IDS_SHOWN = 5
 
 
@@ -149,7 +151,7 @@ def encode_blocks(
     *,
     width: int,
     max_tokens: int,
-    block_size: int,
+    block_size: int = QUERY_BLOCK,
     progress: str = "",
     describe: Callable[[int], str] = str,
 ) -> Iterator[EmbeddedTexts]:

@@ -117,11 +117,27 @@ class GpuSearch:
         self._index = self._resources = None
 
 
+def largest_k(device: torch.device) -> int:
+    """The largest k that a search on this device takes beside the one for ties."""
+    return GPU_MAX_K if _has_gpu_faiss(device) else HostSearch.max_k
+
+
+def check_window(window: int | None, device: torch.device) -> None:
+    """Refuse a window that the device can't return, before anything is encoded. Raises ValueError."""
+    if window is not None and window > largest_k(device):
+        raise ValueError(
+            f"a window of {window:,} documents is more than GPU faiss returns ({largest_k(device):,}); lower mining.window "
+            "(--window)"
+        )
+
+
 def local_search(rows: np.ndarray, device: torch.device, settings: SearchSettings) -> LocalSearch:
     """On the GPU where faiss has one and the rank has one, else on the host."""
-    if device.type == "cuda" and len(rows) and getattr(import_faiss(), "get_num_gpus", int)() > 0:
-        return GpuSearch(rows, device, settings)
-    return HostSearch(rows)
+    return GpuSearch(rows, device, settings) if len(rows) and _has_gpu_faiss(device) else HostSearch(rows)
+
+
+def _has_gpu_faiss(device: torch.device) -> bool:
+    return device.type == "cuda" and getattr(import_faiss(), "get_num_gpus", int)() > 0
 
 
 def search_slices(

@@ -14,7 +14,7 @@ from megatron_conan.data.pairs import PairStore
 from megatron_conan.data.ragged import Ragged
 from megatron_conan.mining.encode import EmbeddedTexts
 from megatron_conan.mining.exchange import gather_counts, gather_rows
-from megatron_conan.mining.local_search import SearchSettings
+from megatron_conan.mining.local_search import SearchSettings, check_window
 from megatron_conan.mining.select import REASONS, SHORT_REASONS, SelectionSettings, lowest_scores, select_negatives
 from megatron_conan.mining.shards import ShardedIndex
 from megatron_conan.parallel.context import ParallelContext
@@ -131,8 +131,6 @@ class Pools:
     """[u, len(REASONS)] int32 search results turned down, by reason."""
     compared_scores: np.ndarray
     """[u, c] float32 scores of the documents that `compared` named; NaN for none."""
-    compared_scores: np.ndarray
-    """[u, c] float32 scores of the documents that `compared` named; NaN for none."""
     shard_sizes: list[int]
     """Documents of every rank."""
 
@@ -163,11 +161,8 @@ def mine_pools(
     Raises:
         ValueError: on all ranks, for a window that GPU faiss can't return.
     """
+    check_window(selection.window, context.device)
     with ShardedIndex(documents, context, settings=search) as index:
-        if selection.window is not None and selection.window > index.max_k:
-            raise ValueError(
-                f"a window of {selection.window} documents is more than GPU faiss returns ({index.max_k}); lower mining.window"
-            )
         compared = np.empty((len(source.query_ids), 0), np.int64) if compared is None else compared
         parts = [_no_queries(selection.pool_size, compared.shape[1])]
         parts += [_search_part(source, index, part, selection, compared) for part in queries]

@@ -21,16 +21,13 @@ from megatron_conan.data.pairs import PairStore
 from megatron_conan.data.tokenizer import Tokenizer
 from megatron_conan.mining.encode import EmbeddedTexts, EmbedPacked, encode_blocks, encode_corpus, packed_embed
 from megatron_conan.mining.exchange import gather_counts
-from megatron_conan.mining.local_search import SearchSettings
+from megatron_conan.mining.local_search import SearchSettings, check_window
 from megatron_conan.mining.pools import MiningSource, Pools, mine_pools
 from megatron_conan.mining.rows import Scratch
 from megatron_conan.mining.rules import Rule
 from megatron_conan.mining.select import SelectionSettings
 from megatron_conan.mining.table import CorpusFingerprint, NegativesTable
 from megatron_conan.parallel.context import ParallelContext
-
-QUERY_BLOCK = 16384
-"""Queries, of all ranks, that are embedded before they are searched."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +135,7 @@ def remine(
     start = time.monotonic()
     source = MiningSource.of_store(store)
     source.check(settings.num_negatives)
+    check_window(settings.selection.window, context.device)
     encoding = _Encoding(store, source, fingerprint(store, tokenizer), context, tokenizer, settings)
     documents = encoding.documents(embed)
     document_seconds = time.monotonic() - start
@@ -227,7 +225,7 @@ class _Encoding:
 
     def queries(self, embed: EmbedPacked) -> Iterator[EmbeddedTexts]:
         """Embed the queries block by block; this rank's rows."""
-        return encode_blocks(**self._texts(embed, "query"), block_size=QUERY_BLOCK)
+        return encode_blocks(**self._texts(embed, "query"))
 
     def _texts(self, embed: EmbedPacked, kind: TextKind) -> dict[str, Any]:
         """What to encode, formatted as in training."""

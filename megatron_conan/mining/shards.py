@@ -16,7 +16,7 @@ import numpy as np
 from megatron_conan.data.ragged import Ragged
 from megatron_conan.mining.encode import EmbeddedTexts
 from megatron_conan.mining.exchange import gather_counts, gather_rows, return_rows
-from megatron_conan.mining.local_search import HostSearch, SearchSettings, local_search
+from megatron_conan.mining.local_search import HostSearch, SearchSettings, largest_k, local_search
 from megatron_conan.parallel.context import ParallelContext
 
 # Numbers (float32) held at once where queries are compared with single documents, or with the whole shard because of a tie.
@@ -77,10 +77,10 @@ class ShardedIndex:
         self._context = context
         self._block_size = block_size
         self._search = local_search(self._rows, context.device, settings or SearchSettings())
-        described = self._gather([len(self._rows), self._rows.shape[1] if len(self._rows) else 0, self._search.max_k])
+        described = self._gather([len(self._rows), self._rows.shape[1] if len(self._rows) else 0])
         self.shard_sizes: list[int] = described[:, 0].tolist()
         self._width = _common_width(described[:, 1], "embeddings")
-        self.max_k = int(described[:, 2].min())
+        self.max_k = largest_k(context.device)
         """The largest k that `search` takes."""
 
     def __enter__(self) -> ShardedIndex:
