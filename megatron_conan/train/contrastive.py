@@ -268,20 +268,19 @@ class Contrastive:
             Metrics (sum, count), the same on every rank: so a mean, not a total, over ranks.
         """
         batch, context = step.batches[0], self.setup.context
-        mining = self.setup.config.mining
-        if mining is None or batch.store.name not in self.data.negatives:
+        mining, table = self.setup.config.mining, self.data.negatives.get(batch.store.name)
+        if mining is None or not self.data.negatives:
             return {}
-        mined = batch.slots >= 0
+        mined = batch.slots >= 0  # none in a batch of a source that is not mined
         similarity = torch.empty(int(mined.sum()), dtype=torch.float32, device=context.device)
         if settled:
             similarity = settled[0].mined_similarity
-        if context.world_size > 1:  # one rank of the last pipeline stage speaks for all, so that not one bit differs
+        if context.world_size > 1 and mined.any():
+            # one rank of the last pipeline stage speaks for all, so that not one bit differs
             source = context.world_size // context.pp_size * (context.pp_size - 1)
             dist.broadcast(similarity, source, group=context.world_group)
         seen = batch.rows[batch.negative[0, mined]], batch.slots[mined], similarity.cpu().numpy()
-        changes: dict[str, tuple[float, float]] = {
-            "negatives_drift": self.data.negatives[batch.store.name].drift(*seen)
-        }
+        changes: dict[str, tuple[float, float]] = {} if table is None else {"negatives_drift": table.drift(*seen)}
         if mining.rule != "none":
             changes["negatives_replaced"] = (float(self.data.update_negatives(batch.store.name, *seen, step.step)), 1)
         return changes
