@@ -11,10 +11,12 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
@@ -69,6 +71,9 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     context.barrier()
+    # Results of the writing stay in this process. megatron-core's queue is a process of its own, which lives on when this one
+    # is killed, and keeps the run's output open: `... | tee` would never end.
+    filesystem_async._results_queue = SimpleQueue()
     sharded = _sharded_state(chunks, optimizer, is_loading=False)
     dist_checkpointing.save(sharded, str(temporary), content_metadata=dict(OPTIMIZER_SHARDING))
     context.barrier()
