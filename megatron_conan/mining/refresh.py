@@ -159,7 +159,7 @@ def remine(
         step=step,
         rule=settings.rule,
     )
-    check_identical(table, context)
+    check_identical(table, context, store.name)
     encoding.remove_scratch()
     used = table.initial_score[table.pointer >= 0]
     report = MiningReport(
@@ -193,13 +193,16 @@ def changed_share(previous: NegativesTable, table: NegativesTable) -> float:
     return changed / total if total else 0.0
 
 
-def check_identical(table: NegativesTable, context: ParallelContext) -> None:
-    """Raise RuntimeError on all ranks if their tables differ. All ranks must call."""
+def check_identical(table: NegativesTable, context: ParallelContext, source: str) -> None:
+    """Raise RuntimeError on all ranks if their tables of a source differ. All ranks must call."""
     # 8 bytes of the hash as one signed integer
     short_hash = int.from_bytes(bytes.fromhex(table.content_hash())[:8], "big", signed=True)
     hashes = gather_counts([short_hash], context.world_group, context.world_size, context.device)[:, 0]
     if len(set(hashes.tolist())) > 1:
-        raise RuntimeError(f"the ranks hold different negatives (hashes {hashes.tolist()})")
+        raise RuntimeError(
+            f"{source}: the ranks hold different negatives (hashes by rank: {hashes.tolist()}), so nothing was saved; start "
+            "the run again, which goes on from its last checkpoint"
+        )
 
 
 def _mean_drift(previous: NegativesTable, first_row: np.ndarray, pools: Pools) -> float | None:
@@ -251,10 +254,9 @@ class _Encoding:
         }
 
     def remove_scratch(self) -> None:
-        """Delete what the documents' embeddings left on disk, once all ranks are done with them."""
+        """Delete what the documents' embeddings left on disk."""
         scratch = self._scratch()
         if scratch is not None:
-            self.context.barrier()
             scratch.remove(self.context)
 
     def _scratch(self) -> Scratch | None:

@@ -5,6 +5,7 @@ Shapes: `m` texts of this rank, `e` embedding dim.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import platform
@@ -41,8 +42,10 @@ class Scratch:
         return self.file.with_name(f"{name}.npy"), self.file.with_name(f"{name}.json")
 
     def remove(self, context: ParallelContext) -> None:
-        """Delete this rank's files."""
-        for file in self.files(context):
+        """Delete the files once all ranks are done with them, those of an interrupted run in another layout too. All ranks
+        must call."""
+        context.barrier()
+        for file in self.file.parent.glob(f"{glob.escape(self.file.name)}.rank_*"):
             file.unlink(missing_ok=True)
 
 

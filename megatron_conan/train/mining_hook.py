@@ -58,14 +58,15 @@ class MiningHook:
         data = trainer.parts.data
         assert isinstance(data, Pairs)
         for source in sorted(data.negatives):
-            check_identical(data.negatives[source], self.setup.context)
+            check_identical(data.negatives[source], self.setup.context, source)
         name = f"step_{step:08d}"
         if self.setup.context.rank == 0:
             for source, table in data.negatives.items():
                 table.save(self._folder() / name / source)
-            earlier = sorted(old for old in self._folder().glob("step_*") if old.name <= name)
-            for old in earlier[: -self.setup.config.checkpoint.keep_last - 1]:
-                shutil.rmtree(old)
+            checkpoints = self.setup.config.run_dir / "checkpoints"
+            for folder in self._folder().glob("step_*"):
+                if folder.name != name and not (checkpoints / folder.name).is_dir():
+                    shutil.rmtree(folder)
         return {"folder": name, "sources": sorted(data.negatives)}
 
     def restore(self, trainer: Trainer, state: dict[str, Any]) -> None:
