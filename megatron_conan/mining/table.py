@@ -8,16 +8,19 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from megatron_conan.mining.rules import QueryRule, Rule, SwapRule
 
 FORMAT = 2
+REMEDY = "put a whole one back, or go on from an earlier checkpoint: write its name into checkpoints/latest"
 ARRAYS = ("pool_ids", "pool_scores", "pointer", "initial_score", "next_candidate", "seen")
 
 
@@ -180,27 +183,23 @@ class NegativesTable:
         """Write the table to `folder` (one rank calls): all of it under another name first, then renamed."""
         folder = Path(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-        shutil.rmtree(draft, ignore_errors=True)
+        draft, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
+        for leftover in (draft, old):  # of a process that was killed here
+            shutil.rmtree(leftover, ignore_errors=True)
         draft.mkdir()
         for name in ARRAYS:
             np.save(draft / f"{name}.npy", getattr(self, name))
         (draft / "table.json").write_text(json.dumps(self._metadata(), indent=2) + "\n")
         if folder.exists():
-            old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
             folder.rename(old)
-            draft.rename(folder)
-            shutil.rmtree(old)
-        else:
-            draft.rename(folder)
+        draft.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
 
     @classmethod
     def load(cls, folder: str | Path, corpus: CorpusFingerprint, rule: Rule | None = None) -> NegativesTable:
         """Read a saved table. Raises ValueError where it is missing, damaged or of another corpus than `corpus`."""
         folder = Path(folder)
-        if not (folder / "table.json").is_file():
-            raise ValueError(f"{folder} holds no negatives table (table.json is missing)")
-        metadata = json.loads((folder / "table.json").read_text())
+        metadata = _read(folder / "table.json", lambda file: json.loads(file.read_text()))
         if metadata["format"] != FORMAT:
             raise ValueError(f"{folder} is of format {metadata['format']}; this version reads format {FORMAT}")
         saved = metadata["corpus"]
@@ -211,13 +210,13 @@ class NegativesTable:
         ]
         if differences:
             raise ValueError(
-                f"{folder} was mined from other data ({'; '.join(differences)}); train with that data, or delete the "
-                "folder to mine again"
+                f"{folder} was mined from other data ({'; '.join(differences)}); train with that data, or start "
+                "another run from this one's weights (checkpoint.init_from), which mines anew"
             )
-        arrays = {name: np.load(folder / f"{name}.npy", allow_pickle=False) for name in ARRAYS}
+        arrays = {name: _read(folder / f"{name}.npy", partial(np.load, allow_pickle=False)) for name in ARRAYS}
         if any(len(array) != corpus.num_rows for array in arrays.values()):
             lengths = {name: len(array) for name, array in arrays.items()}
-            raise ValueError(f"{folder} is damaged: {corpus.num_rows} rows expected, found {lengths}")
+            raise ValueError(f"{folder} is damaged: {corpus.num_rows} rows expected, found {lengths}; {REMEDY}")
         state = {name: metadata[name] for name in ("version", "step", "num_dry", "num_replaced")}
         return cls(**arrays, corpus=corpus, rule=rule, **state)
 
@@ -281,6 +280,15 @@ class NegativesTable:
             "num_replaced": self.num_replaced,
             "corpus": dataclasses.asdict(self.corpus),
         }
+
+
+def _read(file: Path, read: Callable[[Path], Any]) -> Any:
+    """What `read` makes of a file. Raises ValueError where it is missing or damaged."""
+    try:
+        return read(file)
+    except (OSError, EOFError, ValueError) as error:
+        problem = f"is damaged ({error})" if file.exists() else "is missing"
+        raise ValueError(f"{file} {problem}; {REMEDY}") from None
 
 
 def _count_filled(pool_ids: np.ndarray) -> np.ndarray:
