@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron_conan.data.packing import PackedTexts
 from megatron_conan.parallel.context import ParallelContext
+from megatron_conan.train.checkpoint import unwrap
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, "StepReport"]]
 ForwardStep = Callable[[Iterator[Any], torch.nn.Module], tuple[Tensor, LossFunction | None]]
@@ -170,7 +171,7 @@ def embed_texts(
         embeddings = torch.cat(outputs[: len(micro_batches)])
     else:
         num_texts = sum(len(batch.sequences.lengths) for batch in micro_batches)
-        width = chunks[0].get_submodule("module").embedding_dim
+        width = unwrap(chunks[0]).embedding_dim
         embeddings = torch.empty((num_texts, width), dtype=torch.float32, device=context.device)
     dist.broadcast(embeddings, src=dist.get_process_group_ranks(context.pp_group)[-1], group=context.pp_group)
     return embeddings
