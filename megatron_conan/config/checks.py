@@ -172,6 +172,11 @@ def _check_mining(config: RunConfig) -> None:
         raise ValueError(
             f"mining.window={mining.window} leaves nothing after mining.skip_top={mining.skip_top}; widen the window"
         )
+    if mining.pool_size > mining.window - mining.skip_top:
+        raise ValueError(
+            f"mining.pool_size={mining.pool_size} is more than the {mining.window - mining.skip_top} documents from "
+            f"mining.skip_top={mining.skip_top} to mining.window={mining.window}; widen the window, or lower the pool size"
+        )
     if mining.margin is not None and (mining.margin < 0 or (mining.margin_kind == "relative" and mining.margin > 1)):
         raise ValueError(
             f"mining.margin={mining.margin} must be a share of the positive's score, 0 to 1 (or, with "

@@ -22,6 +22,7 @@ MAY_DIFFER_ON_RESUME = (
     "train.micro_batch_tokens",
     "train.steps",
     "attention.backend",
+    "mining.max_tokens",
     "mining.scratch_dir",
     "mining.gpu_memory_gib",
 )

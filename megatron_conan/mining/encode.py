@@ -26,6 +26,9 @@ EmbedPacked = Callable[[list[PackedTexts]], torch.Tensor]
 
 PIPELINE_ROUNDS = 4
 """Batches that go through the pipeline together, a stage: the more, the less it idles."""
+ROUNDS_TOGETHER = 64
+"""No rank goes further ahead than this: after an interruption one may have all its rows and another none, and a wait must stay
+below the process group's timeout."""
 QUERY_BLOCK = 16384
 """Queries (of all ranks) that are embedded, then searched, together."""
 NUM_IDS_SHOWN = 5
@@ -160,12 +163,12 @@ def encode_blocks(
     Every rank gets equally many blocks, some of them possibly empty, and must take all.
     """
     encoder = _Encoder(embed, np.asarray(ids, np.int64), lengths, context, width, max_tokens, progress, describe)
-    begin = 0
-    for end in range(1, len(encoder.batches) + 1):
-        num_texts = sum(len(batch) for batch in encoder.batches[begin:end])
+    begin = num_texts = 0
+    for end, batch in enumerate(encoder.batches, 1):
+        num_texts += len(batch)
         if num_texts >= block_size or end == len(encoder.batches):
             yield encoder.encode(encoder.batches[begin:end])
-            begin = end
+            begin, num_texts = end, 0
     encoder.finish()
 
 
@@ -247,25 +250,30 @@ class _Encoder:
         order = np.argsort(own_ids, kind="stable")
         own_ids, row_of = own_ids[order], np.argsort(order, kind="stable")  # row of the i-th kept text
         what = f"the embeddings of {len(ids):,} texts{f' ({self._label})' if self._label else ''}"
-        check_room(len(own_ids) * width * 4, what, context, None if scratch is None else scratch.file.parent)
+        check_room(len(own_ids) * width * 4, what, context, scratch)
         store = RowStore(len(own_ids), width, context, scratch)
         skipped = _agreed_rounds(store, context)
         seen = num_kept = 0
         bad_ids: list[int] = []
-        for number, part in enumerate(rounds):
-            count = sum(len(batch) for batch in part)
+        for number in range(-(-len(batches[:: context.dp_size]) // per_round)):  # the most that any rank has
+            if number % ROUNDS_TOGETHER == ROUNDS_TOGETHER - 1:
+                context.barrier()
+            part = rounds[number] if number < len(rounds) else []
+            count, num_tokens = sum(map(len, part)), sum(int(self._lengths[batch].sum()) for batch in part)
             share = range((model_rank - seen) % model_size, count, model_size)
             rows = row_of[num_kept : num_kept + len(share)]
             seen, num_kept = seen + count, num_kept + len(share)
-            if number >= skipped:
+            if number < skipped and self._bar:
+                self._bar.total -= num_tokens
+            if skipped <= number < len(rounds):
                 embeddings = _embed_batches(self._embed, [ids[batch] for batch in part], width)
                 found = embeddings[share.start :: share.step].float().cpu().numpy()
                 bad_ids += own_ids[rows[~np.isfinite(found).all(axis=1)]].tolist()
                 store.rows[rows] = found
                 if not bad_ids:
                     store.save(number + 1, last=number + 1 == len(rounds))
-            if self._bar:
-                self._bar.advance(sum(int(self._lengths[batch].sum()) for batch in part), count)
+                if self._bar:
+                    self._bar.advance(num_tokens, count)
         _refuse_infinite(bad_ids, context, self._describe)
         return EmbeddedTexts(own_ids, store.rows)
 

@@ -13,15 +13,16 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from megatron_conan.mining.exchange import gather_counts, gather_rows
 from megatron_conan.model.backends import import_faiss
+from megatron_conan.parallel.context import ParallelContext
 
 # GPU faiss returns at most 2048 neighbours, and one more than asked for is needed to see a tie at the end of the list.
 GPU_MAX_K = 2047
-GPU_SCRATCH_BYTES = 512 << 20
-"""What GPU faiss may use for intermediate results, within the budget."""
-
-SearchRows = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
-"""(queries [b, e], k) -> (scores [b, k] falling, rows [b, k]); k is at most the number of rows."""
+GPU_SCRATCH_BYTES = {False: 3 << 29, True: 5 << 29}
+"""What GPU faiss uses within the budget, by `gpu_fp16`: two tiles of 512 x 262,144 scores (twice as wide with fp16), queries
+and results. Its own scratch memory takes at most 1.5 GiB of that; the rest is allocated for each call."""
+GPU_SCRATCH_LIMIT = 3 << 29
 
 
 @dataclass(frozen=True)
@@ -70,21 +71,14 @@ class GpuSearch:
     max_k = GPU_MAX_K
 
     def __init__(self, rows: np.ndarray, device: torch.device, settings: SearchSettings) -> None:
-        """`rows` [n, e] float32."""
+        """`rows` [n, e] float32. Raises ValueError for a budget that is not there."""
         faiss = import_faiss()
-        torch.cuda.empty_cache()  # torch keeps what training freed, and faiss can't see that
-        free, _ = torch.cuda.mem_get_info(device)
-        budget = int(settings.gpu_memory_gib * 2**30) if settings.gpu_memory_gib is not None else free // 2
-        if budget > free:
-            raise ValueError(
-                f"mining.gpu_memory_gib={settings.gpu_memory_gib} is more than the {free / 2**30:.2f} GiB that are free on "
-                f"{device}; lower it"
-            )
-        scratch = min(GPU_SCRATCH_BYTES, budget // 4)
+        budget = gpu_budget(device, settings)
+        scratch = GPU_SCRATCH_BYTES[settings.gpu_fp16]
         row_bytes = rows.shape[1] * (2 if settings.gpu_fp16 else 4)
         self._rows, self._slice = rows, max((budget - scratch) // max(row_bytes, 1), 1)
         self._resources: Any = faiss.StandardGpuResources()
-        self._resources.setTempMemory(scratch)
+        self._resources.setTempMemory(min(scratch, GPU_SCRATCH_LIMIT))
         config = faiss.GpuIndexFlatConfig()
         config.device = device.index or 0
         config.useFloat16 = settings.gpu_fp16
@@ -122,8 +116,45 @@ def largest_k(device: torch.device) -> int:
     return GPU_MAX_K if _has_gpu_faiss(device) else HostSearch.max_k
 
 
+def gpu_budget(device: torch.device, settings: SearchSettings) -> int:
+    """Bytes that a search may take of a GPU, now. Raises ValueError if that is too little, or more than is free."""
+    torch.cuda.empty_cache()  # torch keeps what training freed, and faiss can't see that
+    free, _ = torch.cuda.mem_get_info(device)
+    budget = int(settings.gpu_memory_gib * 2**30) if settings.gpu_memory_gib is not None else free // 2
+    least = 2 * GPU_SCRATCH_BYTES[settings.gpu_fp16]  # as much for documents as for the search itself
+    if budget > free or budget < least:
+        given = "half of what is free" if settings.gpu_memory_gib is None else "mining.gpu_memory_gib"
+        raise ValueError(
+            f"{given} is {budget / 2**30:.2f} GiB, but {device} has {free / 2**30:.2f} GiB free, and a search takes at least "
+            f"{least / 2**30:.2f} GiB; set mining.gpu_memory_gib (--gpu-memory-gib) between them, or free memory"
+        )
+    return budget
+
+
+def check_search(window: int | None, settings: SearchSettings, context: ParallelContext) -> None:
+    """Refuse what the devices can't search, before anything is encoded. All ranks must call; all raise ValueError."""
+    check_window(window, context.device)
+    problem = ""
+    try:
+        if _has_gpu_faiss(context.device):
+            gpu_budget(context.device, settings)
+    except ValueError as error:
+        problem = str(error)
+    agree(problem, context)
+
+
+def agree(problem: str, context: ParallelContext) -> None:
+    """Raise ValueError on all ranks if one has a problem, with the words of the first that has. All ranks must call."""
+    words = np.frombuffer(problem.encode(), np.uint8)
+    counts = gather_counts([len(words)], context.world_group, context.world_size, context.device)[:, 0].tolist()
+    if any(counts):
+        told = gather_rows(words, counts, context.world_group, context.device)
+        raise ValueError(next(part.tobytes().decode() for part in told if len(part)))
+
+
 def check_window(window: int | None, device: torch.device) -> None:
-    """Refuse a window that the device can't return, before anything is encoded. Raises ValueError."""
+    """Refuse a window that the device can't return, or a missing faiss. Raises ValueError or ImportError."""
+    import_faiss()
     if window is not None and window > largest_k(device):
         raise ValueError(
             f"a window of {window:,} documents is more than GPU faiss returns ({largest_k(device):,}); lower mining.window "
@@ -147,16 +178,18 @@ def search_slices(
 
     Args:
         search_slice: (begin, end, k) -> (scores [b, k], rows within the slice [b, k]).
-        num_rows: of all slices.
+        num_rows: of all slices, at least 1.
         size: rows of a slice; the last may be smaller.
         k: at most `num_rows`.
     """
-    scores, rows = [], []
+    best: tuple[np.ndarray, np.ndarray] | None = None
     for begin in range(0, num_rows, size):
         end = min(begin + size, num_rows)
-        found, places = search_slice(begin, end, min(k, end - begin))
-        scores.append(found)
-        rows.append(places + begin)
-    all_scores, all_rows = np.concatenate(scores, axis=1), np.concatenate(rows, axis=1)
-    order = np.argsort(-all_scores, axis=1, kind="stable")[:, :k]
-    return np.take_along_axis(all_scores, order, axis=1), np.take_along_axis(all_rows, order, axis=1)
+        scores, rows = search_slice(begin, end, min(k, end - begin))
+        rows = rows + begin
+        if best is not None:
+            scores, rows = np.concatenate([best[0], scores], axis=1), np.concatenate([best[1], rows], axis=1)
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        best = np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
+    assert best is not None
+    return best

@@ -23,15 +23,13 @@ from megatron_conan.data.format import TextKind
 from megatron_conan.data.ragged import Ragged
 from megatron_conan.mining.encode import Embed, EmbeddedTexts, encode_blocks, encode_corpus
 from megatron_conan.mining.exchange import gather_counts
-from megatron_conan.mining.local_search import SearchSettings
+from megatron_conan.mining.local_search import SearchSettings, check_search
 from megatron_conan.mining.pools import MiningSource, Pools, mine_pools, shortened
 from megatron_conan.mining.row_files import NumberedRows, read_rows, write_mined_rows, write_short_queries
 from megatron_conan.mining.rows import Scratch
 from megatron_conan.mining.select import SelectionSettings
 from megatron_conan.parallel.context import ParallelContext
 
-QUERY_BLOCK = 16384
-"""Queries (of all ranks) that are embedded, then searched for, together."""
 OUTPUT_SUFFIXES = (".jsonl", ".short.jsonl", ".json")
 
 
@@ -150,6 +148,7 @@ def mine_files(request: MineRequest, load_model: Callable[[], TextModel]) -> dic
         source.check(request.selection.pool_size)
     with _timed(seconds, "load model"):
         model = load_model()
+        check_search(request.selection.window, request.search, model.context)
         encoding = _Encoding(request, rows, source, model)
     with _timed(seconds, "encode documents"):
         documents = encoding.documents()
@@ -214,7 +213,7 @@ class _Encoding:
         """Embed the queries block by block; this rank's rows."""
         ids = self.source.query_ids
         _, settings = self._prepared("query", ids)
-        for part in encode_blocks(**settings, block_size=QUERY_BLOCK):
+        for part in encode_blocks(**settings):
             yield _renamed(part, ids)
 
     def remove_scratch(self) -> None:

@@ -14,12 +14,14 @@ from megatron_conan.data.pairs import PairStore
 from megatron_conan.data.ragged import Ragged
 from megatron_conan.mining.encode import EmbeddedTexts
 from megatron_conan.mining.exchange import gather_counts, gather_rows
-from megatron_conan.mining.local_search import SearchSettings, check_window
+from megatron_conan.mining.local_search import SearchSettings
 from megatron_conan.mining.select import REASONS, SHORT_REASONS, SelectionSettings, lowest_scores, select_negatives
 from megatron_conan.mining.shards import ShardedIndex
 from megatron_conan.parallel.context import ParallelContext
 
 SHOWN_CHARACTERS = 60
+GATHERED_ROWS = 65536
+"""Queries of each rank whose pools are exchanged at a time."""
 
 
 @dataclass(frozen=True)
@@ -159,16 +161,16 @@ def mine_pools(
         compared: [u, c] int64 further document ids, -1 for none, whose scores are wanted too.
 
     Raises:
-        ValueError: on all ranks, for a window that GPU faiss can't return.
+        ValueError: on all ranks, where a GPU has too little memory (`check_search` tells that before the encoding).
     """
-    check_window(selection.window, context.device)
     with ShardedIndex(documents, context, settings=search) as index:
         compared = np.empty((len(source.query_ids), 0), np.int64) if compared is None else compared
         parts = [_no_queries(selection.pool_size, compared.shape[1])]
         parts += [_search_part(source, index, part, selection, compared) for part in queries]
-        place, *columns = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-        ids, scores, lowest, reasons, rejected, scored = _gather(context, place, columns, len(source.query_ids))
-        return Pools(ids, scores, lowest, reasons, rejected, scored, index.shard_sizes)
+    place, *columns = [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
+    del parts
+    ids, scores, lowest, reasons, rejected, scored = _gather(context, place, columns, len(source.query_ids))
+    return Pools(ids, scores, lowest, reasons, rejected, scored, index.shard_sizes)
 
 
 def shortened(text: str) -> str:
@@ -206,39 +208,43 @@ def _search_part(
 ) -> tuple[np.ndarray, ...]:
     """Places of these queries, and what Pools holds of each."""
     place = np.searchsorted(source.query_ids, queries.ids)
+    # a block of the search returns as many results as its most demanding query needs: those stay together
+    order = np.argsort(source.positives.counts[place], kind="stable")
+    place, query_ids, embeddings = place[order], queries.ids[order], queries.embeddings[order]
     positives = source.positives.take(place)
-    known = _with_query(positives, queries.ids)
-    lowest = lowest_scores(index.score_pairs(queries.embeddings, positives), positives.offsets)
+    known = _with_query(positives, query_ids)
+    lowest = lowest_scores(index.score_pairs(embeddings, positives), positives.offsets)
     others = compared[place]
     wanted = Ragged(others.ravel(), np.arange(len(others) + 1) * others.shape[1])
-    compared_scores = index.score_pairs(queries.embeddings, wanted).reshape(others.shape)
+    compared_scores = index.score_pairs(embeddings, wanted).reshape(others.shape)
     # A query's positives and the query itself don't count, so there must be room for them.
     num_documents = len(source.document_ids)
     window = num_documents if selection.window is None else selection.window
+    width = np.minimum(window + known.counts, num_documents)
     parts = [_no_queries(selection.pool_size, compared.shape[1])[1:6]]
-    for found in index.search_blocks(queries.embeddings, np.minimum(window + known.counts, num_documents)):
+    for found in index.search_blocks(embeddings, width):
         own = found.queries
-        chosen = select_negatives(found.scores, found.ids, known.take(own), lowest[own], selection, queries.ids[own])
+        ids = np.where(np.arange(found.ids.shape[1]) < width[own][:, None], found.ids, -1)  # no more than asked for
+        chosen = select_negatives(found.scores, ids, known.take(own), lowest[own], selection, query_ids[own])
         reasons, rejected = chosen.short_reason().astype(np.int32), chosen.rejected.astype(np.int32)
         parts.append((chosen.ids, chosen.scores, lowest[own], reasons, rejected))
     return place, *(np.concatenate(arrays) for arrays in zip(*parts, strict=True)), compared_scores
 
 
 def _gather(
-    context: ParallelContext, local: np.ndarray, arrays: list[np.ndarray], num_queries: int
+    context: ParallelContext, place: np.ndarray, arrays: list[np.ndarray], num_queries: int
 ) -> list[np.ndarray]:
-    """Bring the rows of all ranks' queries to all ranks: m rows each -> u rows each."""
-    counts = gather_counts([len(local)], context.world_group, context.world_size, context.device)[:, 0].tolist()
-
-    def gather(rows: np.ndarray) -> np.ndarray:
-        return np.concatenate(gather_rows(rows, counts, context.world_group, context.device))
-
-    place = gather(local.astype(np.int64))
-    if not np.array_equal(np.sort(place), np.arange(num_queries)):
-        raise RuntimeError(f"{len(place)} pools for {num_queries} queries: the ranks did not encode disjoint parts")
-    whole = []
-    for array in arrays:
-        result = np.empty((num_queries, *array.shape[1:]), array.dtype)
-        result[place] = gather(array)
-        whole.append(result)
+    """Bring the rows of all ranks' queries to all ranks, some at a time: m rows each -> u rows each."""
+    counts = gather_counts([len(place)], context.world_group, context.world_size, context.device)[:, 0]
+    whole = [np.empty((num_queries, *array.shape[1:]), array.dtype) for array in arrays]
+    seen = np.zeros(num_queries, np.int64)
+    for start in range(0, int(counts.max()), GATHERED_ROWS):
+        parts = np.clip(counts - start, 0, GATHERED_ROWS).tolist()
+        own = slice(start, start + GATHERED_ROWS)
+        places = np.concatenate(gather_rows(place[own], parts, context.world_group, context.device))
+        np.add.at(seen, places, 1)
+        for result, array in zip(whole, arrays, strict=True):
+            result[places] = np.concatenate(gather_rows(array[own], parts, context.world_group, context.device))
+    if (seen != 1).any():
+        raise RuntimeError(f"{counts.sum()} pools for {num_queries} queries: the ranks did not encode disjoint parts")
     return whole

@@ -21,7 +21,7 @@ from megatron_conan.data.pairs import PairStore
 from megatron_conan.data.tokenizer import Tokenizer
 from megatron_conan.mining.encode import EmbeddedTexts, EmbedPacked, encode_blocks, encode_corpus, packed_embed
 from megatron_conan.mining.exchange import gather_counts
-from megatron_conan.mining.local_search import SearchSettings, check_window
+from megatron_conan.mining.local_search import SearchSettings, check_search
 from megatron_conan.mining.pools import MiningSource, Pools, mine_pools
 from megatron_conan.mining.rows import Scratch
 from megatron_conan.mining.rules import Rule
@@ -135,7 +135,7 @@ def remine(
     start = time.monotonic()
     source = MiningSource.of_store(store)
     source.check(settings.num_negatives)
-    check_window(settings.selection.window, context.device)
+    check_search(settings.selection.window, settings.search, context)
     encoding = _Encoding(store, source, fingerprint(store, tokenizer), context, tokenizer, settings)
     documents = encoding.documents(embed)
     document_seconds = time.monotonic() - start

@@ -8,6 +8,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import os
 import platform
 import shutil
 import time
@@ -69,6 +70,8 @@ class RowStore:
             return
         state.unlink(missing_ok=True)
         self.rows = np.lib.format.open_memmap(rows, mode="w+", dtype=np.float32, shape=(num_rows, width))
+        with rows.open("r+b") as file:  # a disk that fills up later would kill the process without a word
+            os.posix_fallocate(file.fileno(), 0, rows.stat().st_size)
 
     def save(self, rounds_done: int, *, last: bool = False) -> None:
         """Note that so many rounds are done, on disk now and then and at the end."""
@@ -90,22 +93,26 @@ def _saved_rows(rows: Path, state: Path, key: str) -> tuple[np.ndarray, int] | N
         saved = json.loads(state.read_text(encoding="utf-8"))
         np.load(rows, mmap_mode="r")  # refuses a file that is too short, which opening it to write would fill up
         return (np.load(rows, mmap_mode="r+"), int(saved["rounds_done"])) if saved["key"] == key else None
-    except (OSError, ValueError, KeyError):
+    except (OSError, EOFError, ValueError, KeyError, TypeError):
         return None
 
 
-def check_room(num_bytes: int, what: str, context: ParallelContext, folder: Path | None = None) -> None:
+def check_room(num_bytes: int, what: str, context: ParallelContext, scratch: Scratch | None = None) -> None:
     """Refuse embeddings that don't fit, before anything is encoded. All ranks must call.
 
     Args:
         num_bytes: what this rank will hold.
         what: "the embeddings of ...", for the message.
-        folder: where they will lie; None for memory.
+        scratch: where they will lie; None for memory.
 
     Raises:
         ValueError: on all ranks, if those of one machine don't fit into its free memory (or disk).
     """
-    free = _free_disk(folder) if folder is not None else free_memory()
+    free = free_memory()
+    if scratch is not None:
+        free = _free_disk(scratch.file.parent)
+        rows = scratch.files(context)[0]
+        num_bytes = max(num_bytes - (rows.stat().st_blocks * 512 if rows.exists() else 0), 0)  # taken already
     described = gather_counts(
         [machine_number(), num_bytes, free], context.world_group, context.world_size, context.device
     )
@@ -114,10 +121,10 @@ def check_room(num_bytes: int, what: str, context: ParallelContext, folder: Path
         needed, room = int(ranks[:, 1].sum()), int(ranks[:, 2].min())
         if needed > room:
             gib = f"{what} take {needed / 2**30:,.2f} GiB on a machine with {len(ranks)} ranks"
-            if folder is not None:
+            if scratch is not None:
                 raise ValueError(
-                    f"{gib}, but {folder} has {room / 2**30:,.2f} GiB free; name a larger disk (mining.scratch_dir, "
-                    "--scratch-dir), use more machines, or mine fewer documents"
+                    f"{gib}, but {scratch.file.parent} has {room / 2**30:,.2f} GiB free; name a larger disk "
+                    "(mining.scratch_dir, --scratch-dir), use more machines, or mine fewer documents"
                 )
             raise ValueError(
                 f"{gib}, but {room / 2**30:,.2f} GiB of memory are free; put them on a local disk (mining.scratch_dir, "
@@ -139,7 +146,9 @@ def free_memory() -> int:
 
 def machine_number() -> int:
     """A number that the processes of one machine share."""
-    return int.from_bytes(hashlib.sha256(platform.node().encode()).digest()[:7], "big")
+    boot = Path("/proc/sys/kernel/random/boot_id")  # names may be the same on two machines
+    name = boot.read_text(encoding="utf-8") if boot.is_file() else platform.node()
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
 
 
 def _free_disk(folder: Path) -> int:

@@ -16,11 +16,13 @@ import numpy as np
 from megatron_conan.data.ragged import Ragged
 from megatron_conan.mining.encode import EmbeddedTexts
 from megatron_conan.mining.exchange import gather_counts, gather_rows, return_rows
-from megatron_conan.mining.local_search import HostSearch, SearchSettings, largest_k, local_search
+from megatron_conan.mining.local_search import HostSearch, SearchSettings, agree, largest_k, local_search
 from megatron_conan.parallel.context import ParallelContext
 
 # Numbers (float32) held at once where queries are compared with single documents, or with the whole shard because of a tie.
 BLOCK_NUMBERS = 1 << 24
+TIE_FACTOR = 8
+"""How many times more results are asked for where a tie reaches the end of the list, before the whole shard is compared."""
 
 
 @dataclass(frozen=True)
@@ -69,14 +71,19 @@ class ShardedIndex:
             block_size: queries (of all ranks together) searched at once.
             settings: what the search may use of the GPU.
 
-        Raises ValueError, on all ranks, for embeddings of unequal width.
+        Raises ValueError, on all ranks, for embeddings of unequal width, or a GPU that has too little memory.
         """
         self._ids, self._rows = documents.ids, documents.embeddings
         if len(self._ids) != len(self._rows) or (np.diff(self._ids) <= 0).any():
             raise ValueError(f"{len(self._ids)} ids for {len(self._rows)} embeddings; give one row an id, ids rising")
         self._context = context
         self._block_size = block_size
-        self._search = local_search(self._rows, context.device, settings or SearchSettings())
+        problem = ""
+        try:
+            self._search = local_search(self._rows, context.device, settings or SearchSettings())
+        except (RuntimeError, ValueError) as error:  # a GPU out of memory, on one rank possibly
+            problem = f"the search can't start on rank {context.rank}: {error}"
+        agree(problem, context)
         described = self._gather([len(self._rows), self._rows.shape[1] if len(self._rows) else 0])
         self.shard_sizes: list[int] = described[:, 0].tolist()
         self._width = _common_width(described[:, 1], "embeddings")
@@ -187,16 +194,21 @@ class ShardedIndex:
         if size == 0 or len(queries) == 0:
             return scores, ids
         search = self._search if k <= self._search.max_k else HostSearch(self._rows)
-        found, rows = search.search(queries, min(k + 1, size))
-        kept = min(k, size)
-        scores[:, :kept], ids[:, :kept] = canonical_top(found, self._ids[rows], kept)
-        if size > k:
-            # faiss keeps any of several equal documents, so a tie across the end of the list is settled by id here.
-            tied = np.flatnonzero(scores[:, k - 1] == found.min(axis=1))
-            per_block = max(1, BLOCK_NUMBERS // size)
-            for start in range(0, len(tied), per_block):
-                block = tied[start : start + per_block]
-                scores[block], ids[block] = self._search_ties(queries[block], k)
+        kept, asked, pending = min(k, size), min(k + 1, size), np.arange(len(queries))
+        while len(pending):
+            found, rows = search.search(queries[pending], asked)
+            scores[pending, :kept], ids[pending, :kept] = canonical_top(found, self._ids[rows], kept)
+            if asked == size:
+                return scores, ids
+            # faiss keeps any of several equal documents: a tie that reaches the end of the list may go on behind it
+            pending = pending[scores[pending, k - 1] == found.min(axis=1)]
+            if TIE_FACTOR * asked > min(search.max_k, size // 2):
+                break
+            asked *= TIE_FACTOR
+        per_block = max(1, BLOCK_NUMBERS // size)
+        for start in range(0, len(pending), per_block):
+            block = pending[start : start + per_block]
+            scores[block], ids[block] = self._search_ties(queries[block], k)
         return scores, ids
 
     def _search_ties(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

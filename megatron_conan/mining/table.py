@@ -135,7 +135,7 @@ class NegativesTable:
     def current(self, rows: np.ndarray) -> np.ndarray:
         """Text ids of the negatives in use: [len(rows), K] int64, -1 for an empty slot."""
         pointer = self.pointer[rows]
-        ids = np.take_along_axis(self.pool_ids[rows], pointer.clip(min=0).astype(np.int64), axis=1)
+        ids = self.pool_ids[np.asarray(rows)[:, None], pointer.clip(min=0)]
         return np.where(pointer >= 0, ids, -1)
 
     def drift(self, rows: np.ndarray, slots: np.ndarray, similarities: np.ndarray) -> tuple[float, int]:

@@ -13,7 +13,9 @@ from typing import Any
 from megatron_conan.config import RunConfig
 from megatron_conan.config.tree import MiningConfig
 from megatron_conan.data.format import prompt_name
-from megatron_conan.mining.local_search import SearchSettings
+from megatron_conan.data.pairs import PairStore
+from megatron_conan.mining.local_search import SearchSettings, check_window
+from megatron_conan.mining.pools import MiningSource
 from megatron_conan.mining.refresh import MiningReport, MiningSettings, check_identical, fingerprint, remine
 from megatron_conan.mining.rows import weights_fingerprint
 from megatron_conan.mining.rules import QueryRule, Rule, SwapRule
@@ -34,9 +36,23 @@ class MiningHook:
     """
 
     def __init__(self, setup: Setup) -> None:
-        """`setup.config.mining` must be there."""
+        """`setup.config.mining` must be there.
+
+        Raises:
+            ValueError: what can't be mined, before anything is trained.
+            ImportError: without faiss.
+        """
         assert setup.config.mining is not None
         self.setup, self.mining = setup, setup.config.mining
+        check_window(self.mining.window, setup.context.device)
+        stores = [PairStore(source.prefix, setup.tokenizer) for source in setup.config.data.sources]
+        retrieval = [store for store in stores if store.task == "retrieval"]
+        if not retrieval:
+            raise ValueError(
+                "section mining: none of data.sources holds retrieval rows, so there is nothing to mine; remove the section"
+            )
+        for store in retrieval:
+            MiningSource.of_store(store).check(setup.config.contrastive.num_hard_negatives)
 
     def before_step(self, trainer: Trainer, step: int) -> dict[str, float]:
         """Mine if due; steps since the last mining, and replacements that found no candidate since then, are metrics."""
@@ -79,8 +95,8 @@ class MiningHook:
             data.negatives[source] = NegativesTable.load(folder, expected, replacement_rule(self.mining))
 
     def _mine(self, trainer: Trainer, data: Pairs, step: int) -> None:
-        config, context = self.setup.config, self.setup.context
-        mining = self.mining
+        config, context, mining = self.setup.config, self.setup.context, self.mining
+        state = f"alpha {trainer.soft_mask.value!r}, attention {config.attention.backend}"
         settings = MiningSettings(
             selection=SelectionSettings(
                 pool_size=mining.pool_size,
@@ -99,9 +115,7 @@ class MiningHook:
             rule=replacement_rule(mining),
             search=SearchSettings(mining.gpu_memory_gib, mining.gpu_fp16),
             scratch_dir=scratch_folder(config),
-            weights=weights_fingerprint(trainer.chunks, f"alpha {trainer.soft_mask.value!r}")
-            if mining.scratch_dir
-            else "",
+            weights=weights_fingerprint(trainer.chunks, state) if mining.scratch_dir else "",
         )
         for store in data.stores:
             if store.task != "retrieval":

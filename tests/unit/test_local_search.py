@@ -82,7 +82,7 @@ def test_a_damaged_note_or_file_starts_over(tmp_path: Path, monkeypatch: pytest.
 def test_what_does_not_fit_is_refused_with_figures_and_remedies(tmp_path: Path) -> None:
     context = context_of(1)
     check_room(1 << 20, "the embeddings of 5 texts", context)
-    check_room(1 << 20, "the embeddings of 5 texts", context, tmp_path / "not" / "there")
+    check_room(1 << 20, "the embeddings of 5 texts", context, Scratch(tmp_path / "not" / "there" / "rows", ""))
     free = free_memory()
     assert 0 < free < 1 << 45
     message = (
@@ -91,7 +91,7 @@ def test_what_does_not_fit_is_refused_with_figures_and_remedies(tmp_path: Path) 
     with pytest.raises(ValueError, match=message + r"put them on a local disk \(mining\.scratch_dir, --scratch-dir\)"):
         check_room(1 << 45, "the embeddings of 5 texts", context)
     with pytest.raises(ValueError, match=rf"but {tmp_path} has [\d,.]+ GiB free; name a larger disk"):
-        check_room(1 << 60, "the embeddings of 5 texts", context, tmp_path)
+        check_room(1 << 60, "the embeddings of 5 texts", context, Scratch(tmp_path / "rows", ""))
 
 
 def test_a_fingerprint_tells_weights_and_states_apart() -> None:
