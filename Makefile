@@ -28,6 +28,7 @@ test-full: install ## everything that needs no GPU, also what takes long; the ex
 bench: install ## the benchmarks, in their quick form where they have one
 	@$(PY) benchmarks/info_nce.py --rows 8192
 	@$(PY) benchmarks/contrastive_step.py --quick
+	@[ ! -e runs/demo/finetune/checkpoints/latest ] || $(PY) benchmarks/mining.py --quick
 
 lint: install ## ruff and mypy
 	@$(PY) -m ruff check .

@@ -150,11 +150,17 @@ def compare_miners(arguments: argparse.Namespace, num_documents: int) -> list[Ro
     for name, result in results.items():
         row: Row = {"documents": num_documents, "queries": len(peer["negatives"]), "miner": name}
         if isinstance(result, str):  # for example, killed for memory
-            table.append({**row, **dict.fromkeys(("CPU-s", "/ faiss", "MB", "/ faiss's", "same lists"), result)})
+            columns = ("CPU-s", "/ faiss", "MB", "/ faiss's", "same lists", "same sets")
+            table.append({**row, **dict.fromkeys(columns, result)})
             continue
-        same = np.mean([result["negatives"].get(query, []) == found for query, found in peer["negatives"].items()])
+        pairs = [(result["negatives"].get(query, []), found) for query, found in peer["negatives"].items()]
+        same = {
+            "same lists": np.mean([a == b for a, b in pairs]),
+            "same sets": np.mean([set(a) == set(b) for a, b in pairs]),
+        }
         row |= {"CPU-s": result["cpu_seconds"], "/ faiss": result["cpu_seconds"] / peer["cpu_seconds"]}
-        row |= {"MB": result["mb"], "/ faiss's": result["mb"] / peer["mb"], "same lists": float(same)}
+        row |= {"MB": result["mb"], "/ faiss's": result["mb"] / peer["mb"]}
+        row |= {name: float(share) for name, share in same.items()}
         table.append(row)
     return table
 
@@ -333,7 +339,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "mining_benchmark", help="for what is made")
     parser.add_argument("--documents", type=int, nargs="+", default=[20_000, 100_000])
     parser.add_argument("--curve", type=int, nargs="+", default=[5_000, 20_000, 80_000])
-    parser.add_argument("--max-tokens", type=int, default=4096, help="of one encoding batch of `conan mine`")
+    parser.add_argument("--max-tokens", type=int, default=16384, help="of one encoding batch of `conan mine`")
     parser.add_argument("--quick", action="store_true", help="small sizes")
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     arguments = parser.parse_args(argv)
