@@ -99,7 +99,7 @@ def peer_mine(model_dir: Path, rows: Path, corpus: Path, use_faiss: bool, batch_
     return {**growth, "negatives": mined}
 
 
-def our_mine(model_dir: Path, rows: Path, corpus: Path, max_tokens: int, scratch: bool) -> dict[str, Any]:
+def our_mine(model_dir: Path, rows: Path, corpus: Path, max_tokens: int | None, scratch: bool) -> dict[str, Any]:
     """`conan mine`'s code, from files to negatives."""
     hide_engine_warnings()
     from megatron_conan.export.text_models import FolderModel, RunModel
@@ -339,7 +339,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "mining_benchmark", help="for what is made")
     parser.add_argument("--documents", type=int, nargs="+", default=[20_000, 100_000])
     parser.add_argument("--curve", type=int, nargs="+", default=[5_000, 20_000, 80_000])
-    parser.add_argument("--max-tokens", type=int, default=16384, help="of one encoding batch of `conan mine`")
+    parser.add_argument("--max-tokens", type=int, help="of one encoding batch of `conan mine` (default: its own)")
     parser.add_argument("--quick", action="store_true", help="small sizes")
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     arguments = parser.parse_args(argv)

@@ -116,7 +116,7 @@ def _add_mine(mine: argparse.ArgumentParser) -> None:
     mine.add_argument(
         "--document-prompt", metavar="NAME", help='prompt before documents (default: the model\'s; "" for none)'
     )
-    mine.add_argument("--max-tokens", type=int, default=16384, help="of one encoding batch (default: %(default)s)")
+    mine.add_argument("--max-tokens", type=int, help="of one encoding batch (default: what suits model and device)")
     mine.add_argument("--scratch-dir", type=Path, help="embeddings on disk, from which an interrupted mining goes on")
     mine.add_argument("--gpu-memory-gib", type=_finite, help="GPU memory of the search (default: half of what is free)")
     mine.add_argument("--gpu-fp16", action="store_true", help="search in half precision on the GPU")

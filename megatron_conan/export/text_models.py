@@ -26,6 +26,8 @@ from megatron_conan.parallel.context import build_context, initialize_distribute
 
 HOST_BATCH_SIZE = 32
 """Texts that a SentenceTransformer embeds at once on a CPU, which more make slower; on a GPU it takes a whole batch."""
+GPU_BATCH_TOKENS = 16384
+"""Tokens of an encoding batch on a GPU; on a CPU smaller ones stay in the cache and take less memory."""
 CHARACTERS_A_TOKEN = 4
 """For the estimate of lengths; a character that is not ASCII counts as a token."""
 
@@ -37,6 +39,7 @@ class RunModel:
         self.name = f"{run.checkpoint.parent.parent} (step {run.step})"
         self.width = run.config.embedding_dim
         self.context = run.context
+        self.batch_tokens = 4096 if run.context.device.type == "cpu" else GPU_BATCH_TOKENS
         self._run = run
         self._formatter = Formatter.of_run(run.config, run.tokenizer)
 
@@ -77,6 +80,8 @@ class FolderModel:
         """All processes that torchrun started must call."""
         self.name = str(folder)
         self.context = build_context(ParallelConfig(), initialize_distributed())
+        on_host = self.context.device.type == "cpu"  # where HOST_BATCH_SIZE texts are taken at a time
+        self.batch_tokens = 65536 if on_host else GPU_BATCH_TOKENS
         self._folder = folder
         self._model = SentenceTransformer(str(folder), device=str(self.context.device), local_files_only=True)
         self.width = int(self._model.encode(["width"], show_progress_bar=False).shape[1])

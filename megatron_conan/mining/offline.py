@@ -52,6 +52,8 @@ class TextModel(Protocol):
     """Embedding dim."""
     context: ParallelContext
     """The grid of ranks, data-parallel only."""
+    batch_tokens: int
+    """Tokens of an encoding batch that suits the model and its device."""
 
     @property
     def prompts(self) -> Mapping[str, str]:
@@ -81,8 +83,8 @@ class MineRequest:
     """Name of the prompt before queries; None for that of queries, "" for none."""
     document_prompt: str | None = None
     """Name of the prompt before documents; None for that of documents, "" for none."""
-    max_tokens: int = 16384
-    """Tokens of one encoding batch."""
+    max_tokens: int | None = None
+    """Tokens of one encoding batch; what suits the model and its device if None."""
     search: SearchSettings = field(default_factory=SearchSettings)
     scratch_dir: Path | None = None
     """Folder for the embeddings, from which an interrupted mining goes on; None for memory."""
@@ -228,13 +230,16 @@ class _Encoding:
         """The texts, and how they are encoded, known by their places among them."""
         texts = [self.rows.texts[i] for i in ids.tolist()]
         prepared = self.model.prepare(texts, kind, self._prompt(kind))
+        max_tokens = self.request.max_tokens
+        if max_tokens is None:
+            max_tokens = max(self.model.batch_tokens, int(prepared.lengths.max(initial=1)))
         return texts, {
             "embed": prepared.embed,
             "ids": np.arange(len(ids)),
             "lengths": prepared.lengths,
             "context": self.model.context,
             "width": self.model.width,
-            "max_tokens": self.request.max_tokens,
+            "max_tokens": max_tokens,
             "progress": "documents" if kind == "document" else "queries, encoded and searched",
             "describe": lambda place: shortened(texts[place]),
         }
@@ -251,7 +256,7 @@ class _Encoding:
             "model": self.model.fingerprint(),
             "texts": digest.hexdigest(),
             "prompt": self.request.document_prompt,
-            "max_tokens": self.request.max_tokens,
+            "max_tokens": [self.request.max_tokens, self.model.batch_tokens],
             "ranks": self.model.context.world_size,
         }
         return Scratch(self._scratch_file(), json.dumps(depends_on))
