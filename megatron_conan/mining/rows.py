@@ -163,7 +163,7 @@ def weights_fingerprint(modules: Iterable[torch.nn.Module], state: str) -> str:
     digest = hashlib.sha256(state.encode())
     for module in modules:
         for name, parameter in module.named_parameters():
-            bits = parameter.detach().contiguous().view(torch.uint8).view(-1)
+            bits = parameter.detach().reshape(-1).view(torch.uint8)
             words = torch.nn.functional.pad(bits, (0, -bits.numel() % 8)).view(torch.int64)
             place = torch.arange(1, 2 * words.numel(), 2, device=words.device)  # odd: every bit of a word counts
             digest.update(f"{name} {int(words.sum())} {int((words * place).sum())};".encode())

@@ -98,6 +98,7 @@ def test_a_fingerprint_tells_weights_and_states_apart() -> None:
     def print_of(change: str = "", state: str = "alpha 1.0") -> str:
         torch.manual_seed(0)
         layer = torch.nn.Linear(3, 5).to(torch.bfloat16 if change == "dtype" else torch.float32)
+        layer.scale = torch.nn.Parameter(torch.tensor(2.0 if change == "scalar" else 1.0))
         with torch.no_grad():
             if change == "last bit":
                 layer.weight.view(torch.int32)[2, 1] ^= 1
@@ -105,6 +106,7 @@ def test_a_fingerprint_tells_weights_and_states_apart() -> None:
                 layer.weight[[0, 1]] = layer.weight[[1, 0]].clone()
         return weights_fingerprint([layer], state)
 
-    prints = [print_of(), print_of("last bit"), print_of("swap"), print_of("dtype"), print_of(state="alpha 0.5")]
-    assert len(set(prints)) == 5
+    changes = ("", "last bit", "swap", "dtype", "scalar")
+    prints = [*map(print_of, changes), print_of(state="alpha 0.5")]
+    assert len(set(prints)) == 6
     assert print_of() == prints[0]
