@@ -1,5 +1,26 @@
-"""Soft-mask attention: its semantics, and the plain reference every faster implementation is held against."""
+"""Soft-mask attention: what it computes (`semantics`), its backends, and the one function to call (`gateway`)."""
 
-from megatron_conan.kernels.soft_mask_attention.reference import soft_mask_attention_reference, soft_mask_weights
+from megatron_conan.kernels.soft_mask_attention.gateway import (
+    AttentionCase,
+    Backend,
+    case_of,
+    choose_backend,
+    is_supported,
+    soft_mask_attention,
+)
+from megatron_conan.kernels.soft_mask_attention.reference import reference, soft_mask_attention_reference
+from megatron_conan.kernels.soft_mask_attention.semantics import Form, check_inputs, soft_mask_weights
 
-__all__ = ["soft_mask_attention_reference", "soft_mask_weights"]
+__all__ = [
+    "AttentionCase",
+    "Backend",
+    "Form",
+    "case_of",
+    "check_inputs",
+    "choose_backend",
+    "is_supported",
+    "reference",
+    "soft_mask_attention",
+    "soft_mask_attention_reference",
+    "soft_mask_weights",
+]

@@ -1,61 +1,61 @@
-"""Soft-mask attention, written plainly.
+"""Soft-mask attention by its definition: dense, plain, the oracle of every faster implementation.
 
-    o_i = sum_j p_ij v_j,   p_i = softmax_j(scale * q_i.k_j + log m_ij)
-
-with m_ij = 1 for j <= i and m_ij in [0, 1] for j > i: the weight multiplies the exponentials, so alpha = 0 is exactly
-causal attention and alpha = 1 exactly bidirectional attention (Conan-embedding-v2, soft mask). Positions i, j count from 1
-and l is the sequence's own length, padding excluded. The form says how the part above the diagonal opens with alpha:
-
-    row       m_ij = min(alpha l / i, 1)      keys ->  1 a a a      (one weight a row; the first rows open first)
-    column    m_ij = min(alpha l / j, 1)               1 1 b b      (one weight a column)
-    constant  m_ij = alpha (or alpha_h)                1 1 1 c      (one weight a head)
-
-Keys at or beyond l are masked. Rows beyond l give zeros.
-
-Shapes: `b` batch, `s` sequence, `n` query heads, `g` key/value heads (n divisible by g), `d` head dim.
+Shapes: see `semantics`.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-Form = Literal["row", "column", "constant"]
+from megatron_conan.kernels.soft_mask_attention.semantics import Form, soft_mask_weights
 
 
-def soft_mask_weights(form: Form, alpha: Tensor, lengths: Tensor, size: int) -> Tensor:
-    """The mask m.
+def reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: Tensor,
+    form: Form,
+    *,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Soft-mask attention, differentiable in q, k, v and alpha, at alpha = 0 too.
+
+    Packed sequences are taken one by one: cu_seqlens is read on the host.
 
     Args:
+        q: [b, s, n, d] or [t, n, d] of any floating dtype; computed in it, but at least in fp32.
+        k: [b, s, g, d] or [t, g, d].
+        v: as k.
+        alpha: scalar, or [n] in the constant form.
         form: row, column or constant.
-        alpha: opening in [0, 1]: a scalar, or [n] (one a head, constant form only).
-        lengths: [b] true lengths l, 1 <= l <= size.
-        size: s.
+        lengths: [b] true lengths of padded sequences; None: all of length s.
+        cu_seqlens: [num_sequences + 1] boundaries of packed sequences.
+        scale: factor on the scores; 1/sqrt(d) if not given.
 
     Returns:
-        [b, 1 or n, s, s] in alpha's dtype, at least fp32 (bf16 can't count beyond 256); 0 at keys beyond l.
-
-    Raises:
-        ValueError: for an unknown form, or alpha per head in a form other than constant.
+        Output as q, and lse [b, n, s] or [n, t] in fp32 (fp64 for fp64 input).
     """
-    if alpha.dim() == 1 and form != "constant":
-        raise ValueError(f"alpha per head is defined for form=constant only, not for form={form}")
-    alpha = alpha.to(torch.promote_types(alpha.dtype, torch.float32))
-    position = torch.arange(1, size + 1, device=alpha.device, dtype=alpha.dtype)
-    row, column = position[:, None], position[None, :]
-    length = lengths.to(alpha)[:, None, None]  # [b, 1, 1]
-    if form == "row":
-        weight = torch.clamp(alpha * length / row, max=1.0).expand(-1, size, size)[:, None]  # [b, 1, s, s]
-    elif form == "column":
-        weight = torch.clamp(alpha * length / column, max=1.0).expand(-1, size, size)[:, None]  # [b, 1, s, s]
-    elif form == "constant":
-        weight = alpha.reshape(1, -1, 1, 1).expand(lengths.numel(), -1, size, size)  # [b, 1 or n, s, s]
-    else:
-        raise ValueError(f"unknown soft-mask form {form!r}; known are row, column, constant")
-    mask = torch.where(column <= row, torch.ones_like(weight), weight)
-    return torch.where((column <= length)[:, None], mask, torch.zeros_like(mask))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if cu_seqlens is None:
+        return _padded(q, k, v, alpha, form, lengths, scale)
+    bounds = cu_seqlens.tolist()
+    t, n, d = q.shape
+    wide = torch.promote_types(q.dtype, torch.float32)
+    outputs, lses = [q.new_zeros(bounds[0], n, d)], [q.new_full((n, bounds[0]), -math.inf, dtype=wide)]
+    for start, end in pairwise(bounds):
+        out, lse = _padded(*(x[start:end].unsqueeze(0) for x in (q, k, v)), alpha, form, None, scale)
+        outputs.append(out[0])
+        lses.append(lse[0])
+    outputs.append(q.new_zeros(t - bounds[-1], n, d))
+    lses.append(q.new_full((n, t - bounds[-1]), -math.inf, dtype=wide))
+    return torch.cat(outputs), torch.cat(lses, dim=1)
 
 
 def soft_mask_attention_reference(
@@ -67,26 +67,31 @@ def soft_mask_attention_reference(
     form: Form,
     scale: float | None = None,
 ) -> Tensor:
-    """Soft-mask attention by its definition, differentiable in q, k, v and alpha.
+    """Output [b, s, n, d] of `reference` for padded sequences."""
+    return reference(q, k, v, alpha, form, lengths=lengths, scale=scale)[0]
 
-    Args:
-        q: [b, s, n, d] of any floating dtype (computed in it: use fp64 for an exact value).
-        k: [b, s, g, d].
-        v: [b, s, g, d].
-        lengths: [b] true lengths.
-        alpha: scalar or [n], see `soft_mask_weights`.
-        form: row, column or constant.
-        scale: factor on the scores; 1/sqrt(d) if not given.
 
-    Returns:
-        [b, s, n, d]; rows beyond a sequence's length are zero.
-    """
-    s, n, d = q.shape[1:]
-    groups = n // k.shape[2]
-    k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))  # [b, s, g, d] -> [b, s, n, d]
-    scores = torch.einsum("bind,bjnd->bnij", q, k) * (scale if scale is not None else d**-0.5)
-    weights = soft_mask_weights(form, alpha.to(torch.promote_types(q.dtype, torch.float32)), lengths, s)
-    probabilities = torch.softmax(scores + torch.log(weights), dim=-1).to(q.dtype)
-    output = torch.einsum("bnij,bjnd->bind", probabilities, v)
+def _padded(
+    q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, form: Form, lengths: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """[b, s, n, d] -> [b, s, n, d] and [b, n, s]."""
+    b, s, n, _ = q.shape
+    dtype, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
+    if lengths is None:
+        lengths = torch.full((b,), s, dtype=torch.int64, device=q.device)
     inside = torch.arange(s, device=q.device) < lengths[:, None]  # [b, s]
-    return output * inside[:, :, None, None]
+    # what stands in the padding may be NaN, and 0 * NaN is NaN: select, never multiply
+    q, k, v = (torch.where(inside[:, :, None, None], x.to(wide), 0.0) for x in (q, k, v))
+    k, v = (x.repeat_interleave(n // x.shape[2], dim=2) for x in (k, v))  # [b, s, g, d] -> [b, s, n, d]
+    scores = torch.einsum("bind,bjnd->bnij", q, k) * scale
+    weights = soft_mask_weights(form, alpha.to(wide), lengths, s).to(wide)  # [b, 1 or n, s, s]
+    # The definition as it stands, and not a softmax of scores + log m, whose gradient in m would be 0 * inf at m = 0. The
+    # largest term is exp(0); terms of weight 0 may exceed it, so they are held below overflow.
+    largest = (scores + torch.log(weights)).detach().amax(-1, keepdim=True) if s else scores.detach().sum(-1, True)
+    largest = torch.where(inside[:, None, :, None], largest, 0.0)
+    terms = weights * torch.exp(torch.clamp(scores - largest, max=math.log(torch.finfo(wide).max) - 8))
+    total = torch.where(inside[:, None, :, None], terms.sum(-1, keepdim=True), 1.0)  # [b, n, s, 1]
+    out = torch.einsum("bnij,bjnd->bind", terms / total, v)
+    out = torch.where(inside[:, :, None, None], out, 0.0)
+    lse = torch.where(inside[:, None, :], (largest + torch.log(total))[..., 0], -math.inf)
+    return out.to(dtype), lse

@@ -1,0 +1,74 @@
+"""Soft-mask attention by torch's scaled_dot_product_attention, with a dense float bias where the mask needs one.
+
+Shapes: see `semantics`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_conan.kernels.soft_mask_attention.semantics import Form, soft_mask_weights
+
+
+def sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: Tensor,
+    form: Form,
+    *,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_length: int | None = None,
+    scale: float | None = None,
+    known_alpha: float | None = None,
+) -> Tensor:
+    """Attend; the memory of the bias is b * s * s elements, n times that for an alpha per head.
+
+    Args:
+        q: [b, s, n, d].
+        k: [b, s, g, d].
+        v: [b, s, g, d].
+        alpha: scalar, or [n] in the constant form. Its gradient needs alpha > 0: here it is that of log m.
+        form: row, column or constant.
+        lengths: [b] true lengths; None: all of length s.
+        cu_seqlens: must be None: packed sequences are not known here.
+        max_length: must be None.
+        scale: factor on the scores; 1/sqrt(d) if not given.
+        known_alpha: alpha's value if the host knows it: at 0 and 1 the mask is stock and no bias is made. Not looked at
+            where alpha takes a gradient.
+
+    Returns:
+        [b, s, n, d]; rows beyond a sequence's length are zero.
+
+    Raises:
+        ValueError: for packed sequences.
+    """
+    if q.dim() != 4 or cu_seqlens is not None or max_length is not None:
+        raise ValueError(f"sdpa takes padded sequences only, q has shape {list(q.shape)}; use two_pass, or pad them")
+    if alpha.requires_grad:
+        known_alpha = None
+    b, s, n, _ = q.shape
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [b, s, n, d] -> [b, n, s, d]
+    outside = None
+    if lengths is not None:
+        outside = (torch.arange(s, device=q.device) >= lengths[:, None])[:, None, :, None]  # [b, 1, s, 1]
+        # what stands in the padding may be NaN, and a probability of 0 times NaN is NaN
+        q, k, v = (x.masked_fill(outside, 0.0) for x in (q, k, v))
+    bias = None
+    if known_alpha == 1.0 and outside is not None:
+        bias = ~outside.transpose(2, 3)  # [b, 1, 1, s] True = attend
+    elif known_alpha not in (0.0, 1.0):
+        sizes = torch.full((b,), s, dtype=torch.int64, device=q.device) if lengths is None else lengths
+        bias = torch.log(soft_mask_weights(form, alpha, sizes, s)).to(q.dtype)  # [b, 1 or n, s, s]
+    grouped = n != k.shape[1]
+    if grouped and bias is not None and q.is_cuda:  # the memory-efficient kernel takes a bias, but no groups
+        k, v = (x.repeat_interleave(n // k.shape[1], dim=1) for x in (k, v))
+        grouped = False
+    output = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=bias, is_causal=known_alpha == 0.0, scale=scale, enable_gqa=grouped
+    )
+    if outside is not None:
+        output = output.masked_fill(outside, 0.0)
+    return output.transpose(1, 2)  # [b, n, s, d] -> [b, s, n, d]
