@@ -13,8 +13,8 @@ from pathlib import Path
 
 KERNEL = Path(__file__).resolve().parents[1]
 CACHE = KERNEL.parents[1] / "build" / "emulation"
-# Without -ffp-contract=off g++ would fuse multiply and add where the host can, and results would depend on the host. Nothing here
-# depends on the host otherwise (no -march). -fno-gnu-unique: else all libraries of a process would share one emulated machine.
+# Without -ffp-contract=off g++ would fuse multiply and add where the host can, and results would depend on the host. Nothing
+# here depends on it otherwise (no -march). -fno-gnu-unique: else all libraries of a process would share one emulated machine.
 FLAGS = ("-O2", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-ffp-contract=off")
 
 

@@ -14,7 +14,8 @@ EXPORTED int emulate_forward(const soft_mask::ForwardParams* params, emulation::
   machine.order = order;
   machine.seed(seed);
   machine.ranges.assign(ranges, ranges + num_ranges);
-  const int code = soft_mask::launch_forward_instance_of<soft_mask::Element::INSTANCE_ELEMENT, INSTANCE_HEAD_DIM>(*params, nullptr);
+  constexpr auto element = soft_mask::Element::INSTANCE_ELEMENT;
+  const int code = soft_mask::launch_forward_instance_of<element, INSTANCE_HEAD_DIM>(*params, nullptr);
   std::snprintf(message, message_size, "%s", machine.message);
   return code;
 }

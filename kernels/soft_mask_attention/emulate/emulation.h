@@ -2,13 +2,14 @@
 //
 // Dynamic shared memory begins as NaN in every block. A copy's destination is NaN from its issue to the copy_wait that covers it.
 // An access outside of shared memory or of the registered buffers, a misaligned one, a race, lanes of a warp that part, a barrier
-// that nobody completes, a copy that nobody awaits: each ends `launch` with an error and a message (machine.h).
+// that nobody completes, a copy that nobody awaits: each ends `launch` with an error and a message.
 #pragma once
 
 #include <tuple>
 #include <type_traits>
 
 #include "machine.h"
+#include "memory_checks.h"
 
 namespace soft_mask {
 

@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#if defined(__linux__) && (defined(__x86_64__) || defined(__aarch64__))
+#if defined(__linux__) && (defined(__x86_64__) || defined(__aarch64__)) && !defined(SOFT_MASK_UCONTEXT)
 #define SOFT_MASK_SWITCH_IN_ASSEMBLY 1
 #else
 #include <ucontext.h>
