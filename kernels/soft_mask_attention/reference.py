@@ -50,7 +50,8 @@ def reference(
     wide = torch.promote_types(q.dtype, torch.float32)
     outputs, lses = [q.new_zeros(bounds[0], n, d)], [q.new_full((n, bounds[0]), -math.inf, dtype=wide)]
     for start, end in pairwise(bounds):
-        out, lse = _padded(*(x[start:end].unsqueeze(0) for x in (q, k, v)), alpha, form, None, scale)
+        one_q, one_k, one_v = (x[start:end].unsqueeze(0) for x in (q, k, v))  # [t, n, d] -> [1, s, n, d]
+        out, lse = _padded(one_q, one_k, one_v, alpha, form, None, scale)
         outputs.append(out[0])
         lses.append(lse[0])
     outputs.append(q.new_zeros(t - bounds[-1], n, d))

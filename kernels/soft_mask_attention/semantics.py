@@ -20,8 +20,8 @@ code is made for one value.
 
 Sequences come padded on the right, q [b, s, n, d] and k, v [b, s, g, d], with `lengths` [b] (or None: all of length s);
 or packed, q [t, n, d] and k, v [t, g, d], sequence e being rows cu_seqlens[e] to cu_seqlens[e + 1]. Rows that belong to
-no sequence (padding, rows outside cu_seqlens) are neither attended nor read: they give zeros, a log-sum-exp of -inf and
-zero gradients, whatever stands there.
+no sequence (padding, rows outside cu_seqlens) are not attended: they give zeros, a log-sum-exp of -inf and zero
+gradients. What stands there has no influence, NaN included (but for `sdpa`, where it must be finite).
 
 The log-sum-exp is lse_i = log sum_j m_ij exp(scale * q_i.k_j), in fp32 (fp64 for fp64 input).
 

@@ -20,6 +20,11 @@ from torch import Tensor
 _aten = torch.ops.aten
 
 
+def by_boundaries(q: Tensor) -> bool:
+    """Whether the stock kernel takes tokens and boundaries (CUDA), and not a padded grid."""
+    return q.is_cuda
+
+
 class Sequences(NamedTuple):
     """Where tokens stand in their sequences, and which token each row of a stock call reads (None: row r reads token r).
 
@@ -36,8 +41,8 @@ class Sequences(NamedTuple):
         from_lower: [t] row of the lower call that is the token's.
         from_query: [t] row of the upper call with the token's query.
         from_key: [t] row of the upper call with the token's key.
-        cu_seqlens: [segments + 1] int32, CUDA only: padding is cut off as segments of its own.
-        grid: (b, s) of the rows on the CPU; on CUDA (segments, longest segment).
+        cu_seqlens: [segments + 1] int32, CUDA only. Padding is cut off as a segment of its own, so that nothing sees it.
+        grid: (sequences, longest sequence).
     """
 
     position: Tensor
@@ -77,11 +82,22 @@ def padded_sequences(q: Tensor, lengths: Tensor | None) -> Sequences:
         boundaries = torch.cat([ends.new_zeros(1), ends]).to(torch.int32)
     query, key = _backwards(start, position, length, 2), _backwards(start, position, length, 1)
     lower = None
-    if inside is not None and not q.is_cuda:
+    if inside is not None and not by_boundaries(q):
         # padding reads the sequence's last row: what stands in the padding may be NaN, and 0 * NaN is NaN
         lower = start + torch.minimum(position, (length - 1).clamp(min=0))
     return Sequences(
-        position, length, inside, lower, inside, query, key, None, query, key, boundaries if q.is_cuda else None, (b, s)
+        position,
+        length,
+        inside,
+        lower,
+        inside,
+        query,
+        key,
+        None,
+        query,
+        key,
+        boundaries if by_boundaries(q) else None,
+        (b, s),
     )
 
 
@@ -94,7 +110,7 @@ def packed_sequences(q: Tensor, cu_seqlens: Tensor, max_length: int) -> Sequence
     start, end = bounds[sequence], bounds[sequence + 1]
     position, length = place - start, end - start
     inside = (position >= 0) & (place < end)
-    if q.is_cuda:
+    if by_boundaries(q):
         query, key = (_backwards(start, position, length, shift).clamp(0, t - 1) for shift in (2, 1))
         return Sequences(
             position,
@@ -149,7 +165,7 @@ def flash_forward(
 ) -> tuple[Tensor, Tensor]:
     """One stock call: q [r, n, d], k and v [r, g, d] -> out [r, n, d] and lse [r, n]."""
     b, s = sequences.grid
-    if q.is_cuda:
+    if by_boundaries(q):
         cu = sequences.cu_seqlens
         out, lse, *_ = _aten._flash_attention_forward(q, k, v, cu, cu, s, s, 0.0, causal, False, scale=scale)
         return out, lse.t()  # [n, t] -> [t, n]
@@ -173,7 +189,7 @@ def flash_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The stock backward: P = exp(scale q.k - lse), so lse [r, n] = inf takes a row out; dq [r, n, d], dk and dv [r, g, d]."""
     b, s = sequences.grid
-    if q.is_cuda:
+    if by_boundaries(q):
         cu = sequences.cu_seqlens
         seed = torch.zeros(2, dtype=torch.uint64, device=q.device)  # no dropout, so not read
         unused = torch.empty(0, dtype=torch.uint64, device=q.device)

@@ -26,10 +26,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megatron_conan.kernels.soft_mask_attention.semantics import Form
 from megatron_conan.kernels.soft_mask_attention.stock_flash import (
     Sequences,
+    by_boundaries,
     flash_backward,
     flash_forward,
     gather,
@@ -76,7 +78,7 @@ def two_pass(
     Returns:
         As q.
     """
-    if form == "column" and alpha.requires_grad:
+    if form == "column" and alpha.requires_grad and torch.is_grad_enabled():
         raise ValueError("two_pass has no gradient of alpha in the column form; use backend=sdpa or form=row")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return _TwoPass.apply(q, k, v, alpha, form, lengths, cu_seqlens, max_length, scale, known_alpha)
@@ -107,6 +109,7 @@ class _TwoPass(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable  # the stock backward has no derivative: say so instead of leaving a part out
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, alpha, lengths, cu_seqlens, out, lse = ctx.saved_tensors
         found = two_pass_backward(
@@ -148,12 +151,12 @@ def two_pass_forward(
     if q.numel() == 0:  # the stock CPU kernel divides by the number of tokens
         return torch.zeros_like(q), _lse_as(q, q.new_zeros(math.prod(q.shape[:-2]), q.shape[-2], dtype=_wide(q)))
     sequences = _sequences(q, lengths, cu_seqlens, max_length)
-    tokens = _tokens(q, k, v)
-    lower = (gather(x, sequences.lower) for x in tokens)
-    out, lse = flash_forward(*lower, sequences, scale, causal=known_alpha != 1.0)
+    q_tokens, k_tokens, v_tokens = _tokens(q, k, v)
+    rows = [gather(x, sequences.lower) for x in (q_tokens, k_tokens, v_tokens)]
+    out, lse = flash_forward(rows[0], rows[1], rows[2], sequences, scale, causal=known_alpha != 1.0)
     out, lse = gather(out, sequences.from_lower), gather(lse, sequences.from_lower)
     if known_alpha not in (0.0, 1.0):
-        upper = _upper_forward(*tokens, alpha, form, sequences, scale)
+        upper = _upper_forward(q_tokens, k_tokens, v_tokens, alpha, form, sequences, scale)
         log_weight = torch.log(_row_weight(alpha.to(lse.dtype), form, sequences))  # [t or 1, n or 1]
         above = upper.lse + log_weight
         lower_lse, lse = lse, torch.logaddexp(lse, above)
@@ -212,16 +215,16 @@ def two_pass_backward(
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if q.numel() == 0:
-        empty = [torch.zeros_like(x) for x in (q, k, v)]
-        return *empty, torch.zeros_like(alpha) if alpha_gradient else None
+        nothing = torch.zeros_like(alpha) if alpha_gradient else None
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), nothing
     sequences = _sequences(q, lengths, cu_seqlens, max_length)
     grad, q_tokens, k_tokens, v_tokens, out = _tokens(grad, q, k, v, out)
     lse = _lse_of_tokens(q, lse)
     row_lse = gather(lse, sequences.lower)
     if sequences.lower_real is not None:
         row_lse = torch.where(sequences.lower_real[:, None], row_lse, math.inf)
-    lower = (gather(x, sequences.lower) for x in (grad, q_tokens, k_tokens, v_tokens, out))
-    found = flash_backward(*lower, row_lse, sequences, scale, causal=known_alpha != 1.0)
+    rows = [gather(x, sequences.lower) for x in (grad, q_tokens, k_tokens, v_tokens, out)]
+    found = flash_backward(*rows, row_lse, sequences, scale, causal=known_alpha != 1.0)
     gradients = [gather(x, sequences.from_lower) for x in found]
     alpha_grad = None
     if known_alpha not in (0.0, 1.0):
@@ -326,7 +329,7 @@ def _with_key_weights(
     for _ in range(3 if q.dtype.itemsize < 4 else 1):  # three of bf16's 8 bits are fp32's 24
         parts.append(bias.to(q.dtype))
         bias = bias - parts[-1].to(wide)
-    extra = -(-len(parts) // 8) * 8 if q.is_cuda else len(parts)  # head dims of CUDA's kernel are multiples of 8
+    extra = 8 if by_boundaries(q) else len(parts)  # CUDA's kernel wants a head dim that is a multiple of 8
     more_k = torch.nn.functional.pad(torch.stack(parts, dim=-1), (0, extra - len(parts)))  # [t, extra]
     k = torch.cat([k, more_k[:, None, :].expand(-1, k.shape[1], -1)], dim=-1)
     q = torch.cat([q, q.new_full((*q.shape[:2], extra), factor)], dim=-1)
