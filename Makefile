@@ -8,12 +8,15 @@ PY := $(if $(filter system,$(INSTALL)),$(PYTHON),.venv/bin/python)
 PIP := $(PY) -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-venv install-system demo test test-full bench lint
+.PHONY: help install install-venv install-system kernels demo test test-full test-gpu bench lint
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 install: install-$(INSTALL) ## make .venv; EXTRAS=gpu for CUDA machines; INSTALL=system keeps this Python and its torch
+
+kernels: install ## compile the CUDA kernels, without a GPU too; needs nvcc
+	@$(PY) -P -m megatron_conan.kernels.soft_mask_attention.build
 
 demo: install ## train, search and report on this machine's CPU; DEMO=short for a few minutes' worth
 	@$(PY) launch/demo.py $(if $(DEMO),--size $(DEMO))
@@ -24,6 +27,12 @@ test: install ## all tests that need no GPU and little time, in one pytest proce
 
 test-full: install ## everything that needs no GPU, also what takes long; the external data's tests too
 	@$(PY) -P -m pytest -q -m "not gpu" $(PYTEST_ARGS)
+
+test-gpu: install ## the tests that need a CUDA GPU
+	@$(PY) -P -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else \
+	  "error: torch " + torch.__version__ + " finds no CUDA GPU, which make test-gpu needs; nvidia-smi lists them")'
+	@$(MAKE) --no-print-directory kernels
+	@$(PY) -P -m pytest -q -m gpu $(PYTEST_ARGS)
 
 bench: install ## the benchmarks, in their quick form where they have one
 	@$(PY) benchmarks/info_nce.py --rows 8192

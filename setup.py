@@ -10,9 +10,14 @@ PACKAGES = [
     *(".".join(p.parent.relative_to(HERE).parts) for p in sorted((HERE / "megatron_conan").glob("*/__init__.py"))),
 ]
 KERNELS = [
-    "megatron_conan.kernels",
-    *(f"megatron_conan.kernels.{p.parent.name}" for p in sorted((HERE / "kernels").glob("*/__init__.py"))),
+    ".".join(("megatron_conan", *p.parent.relative_to(HERE).parts))
+    for p in sorted((HERE / "kernels").rglob("__init__.py"))
 ]
+KERNEL_FILES = {
+    "megatron_conan.kernels.soft_mask_attention": ["csrc/*", "resources.txt", "libsoft_mask_attention.*"],
+    "megatron_conan.kernels.soft_mask_attention.emulate": ["*.h", "*.cpp"],
+}
+"""Sources, and the library where it is built: `make kernels`."""
 
 setup(
     name="megatron_conan",
@@ -23,6 +28,7 @@ setup(
     python_requires=">=3.11",
     packages=PACKAGES + KERNELS,
     package_dir={"megatron_conan.kernels": "kernels"},
+    package_data=KERNEL_FILES,
     install_requires=[
         "torch>=2.11",
         "megatron-core==0.16.1",
