@@ -61,8 +61,9 @@ __device__ __forceinline__ Place find_place(const KernelParams& p) {
     const int length = p.lengths == nullptr ? p.num_rows : min(max(p.lengths[sequence], 0), p.num_rows);
     return {head, sequence, 0, length, p.num_rows};
   }
+  if (sequence > p.num_sequences) return {head, 0, 0, 0, min(p.cu_seqlens[0], p.num_rows)};  // what precedes the first
   const int start = min(max(p.cu_seqlens[sequence], 0), p.num_rows);
-  if (sequence == p.num_sequences) return {head, 0, start, 0, p.num_rows - start};  // what follows the last sequence
+  if (sequence == p.num_sequences) return {head, 0, start, 0, p.num_rows - start};  // what follows the last
   const int length = min(max(p.cu_seqlens[sequence + 1], start), p.num_rows) - start;
   return {head, 0, start, length, length};
 }
@@ -365,11 +366,12 @@ int launch_forward_instance(const ForwardParams& params, void* stream) {
   p.k_step = Tile::rows_a_copy * p.k_strides.row, p.v_step = Tile::rows_a_copy * p.v_strides.row;
   p.k_tile = Tile::keys * p.k_strides.row, p.v_tile = Tile::keys * p.v_strides.row;
   p.tiles = p.max_length > Tile::rows ? (p.max_length + Tile::rows - 1) / Tile::rows : 1;
-  const int sequences = p.num_sequences + (p.cu_seqlens != nullptr ? 1 : 0);  // and what follows the last one
-  const dim3 grid(static_cast<unsigned>(p.tiles) * p.num_heads * sequences);
-  if (grid.x == 0) return 0;
+  const int sequences = p.num_sequences + (p.cu_seqlens != nullptr ? 2 : 0);  // and what follows the last, precedes the first
+  const int64_t blocks = static_cast<int64_t>(p.tiles) * p.num_heads * sequences;
+  if (blocks == 0) return 0;
+  if (blocks > INT32_MAX) return 9;  // cudaErrorInvalidConfiguration
   const auto kernel = p.form == Form::column ? forward_kernel<T, HEAD_DIM, true> : forward_kernel<T, HEAD_DIM, false>;
-  return launch(kernel, grid, Tile::threads, static_cast<size_t>(Tile::shared_bytes), stream, p);
+  return launch(kernel, dim3(static_cast<unsigned>(blocks)), Tile::threads, static_cast<size_t>(Tile::shared_bytes), stream, p);
 }
 
 }  // namespace soft_mask
