@@ -161,8 +161,9 @@ class ParallelConfig(Section):
 class AttentionConfig(Section):
     """Which implementation computes soft-mask attention."""
 
-    backend: Literal["auto", "sdpa", "reference"] = "auto"
-    """`auto` picks the fastest that supports the case; one asked for by name fails if it can't."""
+    backend: Literal["auto", "kernel", "two_pass", "sdpa", "reference"] = "auto"
+    """Our fused CUDA kernel, two stock flash calls merged, torch's attention with a dense bias, or the plain definition; `auto`
+    picks the fastest that supports the case, one asked for by name fails if it can't."""
 
 
 class SoftMaskConfig(Section):

@@ -36,6 +36,8 @@ class PackedSequences:
     """[n] int64."""
     cu_seqlens: Tensor
     """[n + 1] int32, starts of the texts and the end of the last."""
+    max_length: int
+    """Tokens of the longest text."""
     position: Tensor
     """[sum of lengths] int64, place of each token in its text."""
     num_tokens: int
@@ -58,7 +60,9 @@ class PackedSequences:
         indices = (self.to_padded, self.padding, self.to_packed)
         lengths, cu_seqlens, position = (x.to(device, non_blocking=True) for x in tensors)
         to_padded, padding, to_packed = (x.to(device, non_blocking=True) for x in indices)
-        return PackedSequences(lengths, cu_seqlens, position, self.num_tokens, moved, to_padded, padding, to_packed)
+        return PackedSequences(
+            lengths, cu_seqlens, self.max_length, position, self.num_tokens, moved, to_padded, padding, to_packed
+        )
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,7 @@ def pack_sequences(lengths: np.ndarray, num_tokens: int | None = None) -> Packed
     return PackedSequences(
         lengths=torch.from_numpy(lengths),
         cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
+        max_length=int(lengths.max()),
         position=torch.from_numpy(position),
         num_tokens=num_tokens,
         groups=groups,

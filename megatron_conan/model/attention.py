@@ -1,10 +1,11 @@
-"""SoftMaskAttention: megatron-core's `core_attention`, with the mask of Conan-embedding-v2, and its backends.
+"""SoftMaskAttention: megatron-core's `core_attention`, with the mask of Conan-embedding-v2.
 
-Shapes: `s` sequence, `b` micro-batch, `n` query heads and `g` key/value heads of this tensor rank, `d` head dim.
+Shapes: `s` sequence, `b` micro-batch, `t` packed tokens, `n` query and `g` key/value heads of this tensor rank, `d` head dim.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Literal
 
 import torch
@@ -13,19 +14,51 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
+from megatron_conan.config import RunConfig
 from megatron_conan.data.packing import PackedSequences
-from megatron_conan.kernels.soft_mask_attention import soft_mask_attention_reference, soft_mask_weights
+from megatron_conan.kernels.soft_mask_attention import (
+    AttentionCase,
+    Backend,
+    Form,
+    choose_backend,
+    is_supported,
+    soft_mask_attention,
+)
 from megatron_conan.model.mask import SoftMask
-
-Backend = Literal["sdpa", "reference"]
 
 LEARNED_THETA_START = -6.0
 """Initial theta of the learned form: sigmoid(-6) = .0025, nearly causal, with a finite gradient."""
 
+logger = logging.getLogger(__name__)
 
-def choose_backend(name: Literal["auto", "sdpa", "reference"]) -> Backend:
-    """The backend that `attention.backend` stands for; `auto` is the fastest there is."""
-    return "sdpa" if name == "auto" else name
+
+def check_attention(config: RunConfig, device: torch.device) -> None:
+    """Refuse a backend that is asked for by name and can't compute this model's attention; say once what `auto` does without.
+
+    Raises:
+        ValueError: names the backend, the reason and the remedy.
+    """
+    learned = config.soft_mask.form == "learned"
+    case = AttentionCase(
+        device_type=device.type,
+        dtype=torch.bfloat16 if config.train.precision == "bf16" else torch.float32,
+        head_dim=config.model.head_dim,
+        form="constant" if config.soft_mask.form == "learned" else config.soft_mask.form,
+        alpha_gradient=learned,
+        compute_capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
+    )
+    try:
+        choose_backend(config.attention.backend, case)
+    except ValueError as error:
+        raise ValueError(f"attention.backend={config.attention.backend}: {error}") from error
+    supported, reason = is_supported("kernel", case)
+    if (
+        config.attention.backend == "auto"
+        and device.type == "cuda"
+        and not supported
+        and torch.distributed.get_rank() == 0
+    ):
+        logger.warning("soft-mask attention runs without its fused kernel, which %s", reason)
 
 
 class SoftMaskAttention(MegatronModule):
@@ -41,7 +74,7 @@ class SoftMaskAttention(MegatronModule):
         config: TransformerConfig,
         layer_number: int,
         soft_mask: SoftMask,
-        backend: Backend,
+        backend: Backend | Literal["auto"],
         softmax_scale: float | None = None,
         **_: Any,
     ) -> None:
@@ -81,26 +114,45 @@ class SoftMaskAttention(MegatronModule):
         """
         if isinstance(attention_mask, PackedSequences):
             return self._attend_packed(query, key, value, attention_mask)
-        s, b = query.shape[:2]
         q, k, v = (x.transpose(0, 1) for x in (query, key, value))  # [s, b, n, d] -> [b, s, n, d]
-        output = self._attend(q, k, v, attention_mask)
-        return output.transpose(0, 1).reshape(s, b, -1)  # [b, s, n, d] -> [s, b, n * d]
+        return self._attend(q, k, v, lengths=attention_mask).transpose(0, 1).flatten(2)  # [b, s, n, d] -> [s, b, n * d]
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
-        """[b, s, n, d] -> [b, s, n, d]."""
-        attend = _sdpa if self.backend == "sdpa" else _reference
-        return attend(q, k, v, lengths, self.soft_mask, self.theta, self.scale)
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, **sequences: Any) -> Tensor:
+        """[b, s, n, d] -> [b, s, n, d], or [t, n, d] -> [t, n, d]."""
+        form, alpha = effective_alpha(self.soft_mask, self.theta)
+        known_alpha = self.soft_mask.value if self.theta is None else None
+        return soft_mask_attention(
+            q, k, v, alpha, form, **sequences, scale=self.scale, backend=self.backend, known_alpha=known_alpha
+        )
 
     def _attend_packed(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
-        """[t, 1, n, d] -> [t, 1, n * d]: the backends know no packing, so they get texts of similar length, padded."""
-        padded = [_Pad.apply(x[:, 0], packed) for x in (query, key, value)]  # [t, n, d] -> [p, n, d]
+        """[t, 1, n, d] -> [t, 1, n * d]."""
+        q, k, v = (x[:, 0] for x in (query, key, value))  # [t, 1, n, d] -> [t, n, d]
+        if self._takes_packed(q):
+            out = self._attend(q, k, v, cu_seqlens=packed.cu_seqlens, max_length=packed.max_length)
+        else:
+            out = self._attend_groups(q, k, v, packed)
+        return out.flatten(1).unsqueeze(1)  # [t, n, d] -> [t, 1, n * d]
+
+    def _takes_packed(self, q: Tensor) -> bool:
+        """Whether the backend computes packed sequences as they are; padded groups are cheaper on a CPU."""
+        if not q.is_cuda:
+            return False
+        form = "constant" if self.soft_mask.form == "learned" else self.soft_mask.form
+        case = AttentionCase(q.device.type, q.dtype, q.shape[-1], form, self.theta is not None, packed=True)
+        backends: tuple[Backend, ...] = ("kernel", "two_pass")
+        return any(self.backend in ("auto", name) and is_supported(name, case)[0] for name in backends)
+
+    def _attend_groups(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedSequences) -> Tensor:
+        """[t, n, d] -> [t, n, d]: texts of similar length together, padded."""
+        padded = [_Pad.apply(x, packed) for x in (q, k, v)]  # [t, n, d] -> [p, n, d]
         outputs, start = [], 0
         for group in packed.groups:
             end = start + group.num_texts * group.width
             q, k, v = (x[start:end].unflatten(0, (group.num_texts, group.width)) for x in padded)  # -> [b, s, n, d]
-            outputs.append(self._attend(q, k, v, group.lengths).flatten(0, 1))  # [b, s, n, d] -> [p of the group, n, d]
+            outputs.append(self._attend(q, k, v, lengths=group.lengths).flatten(0, 1))  # -> [p of the group, n, d]
             start = end
-        return _Unpad.apply(torch.cat(outputs), packed).flatten(1).unsqueeze(1)  # [t, n, d] -> [t, 1, n * d]
+        return _Unpad.apply(torch.cat(outputs), packed)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -149,7 +201,7 @@ class _Unpad(torch.autograd.Function):
         return _pad(gradients[0], ctx.packed).index_fill_(0, ctx.packed.padding, 0), None
 
 
-def effective_alpha(soft_mask: SoftMask, theta: Tensor | None) -> tuple[Literal["row", "column", "constant"], Tensor]:
+def effective_alpha(soft_mask: SoftMask, theta: Tensor | None) -> tuple[Form, Tensor]:
     """Form and alpha of the attention; the learned form is alpha_h = a + (1 - a) sigmoid(theta_h), the same everywhere.
 
     a(t) is the schedule, so that every learned run starts nearly causal and ends exactly bidirectional.
@@ -158,43 +210,3 @@ def effective_alpha(soft_mask: SoftMask, theta: Tensor | None) -> tuple[Literal[
         assert theta is not None
         return "constant", soft_mask.alpha + (1.0 - soft_mask.alpha) * torch.sigmoid(theta.float())
     return soft_mask.form, soft_mask.alpha
-
-
-def _reference(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, soft_mask: SoftMask, theta: Tensor | None, scale: float
-) -> Tensor:
-    if lengths is None:
-        lengths = torch.full((q.shape[0],), q.shape[1], dtype=torch.int64, device=q.device)
-    form, alpha = effective_alpha(soft_mask, theta)
-    return soft_mask_attention_reference(q, k, v, lengths, alpha, form, scale)
-
-
-def _sdpa(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, soft_mask: SoftMask, theta: Tensor | None, scale: float
-) -> Tensor:
-    """torch's scaled_dot_product_attention; a dense float bias only where the mask is neither causal nor full."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [b, s, n, d] -> [b, n, s, d]
-    learned = soft_mask.form == "learned"
-    causal = soft_mask.value == 0.0 and not learned
-    bias = None
-    if not causal and (lengths is not None or soft_mask.value < 1.0 or learned):
-        bias = _bias(q, lengths, soft_mask, theta)
-    grouped = q.shape[1] != k.shape[1]
-    if grouped and bias is not None and q.is_cuda:  # the memory-efficient kernel takes a bias, but no groups
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-        grouped = False
-    output = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=bias, is_causal=causal, scale=scale, enable_gqa=grouped
-    )
-    return output.transpose(1, 2)  # [b, n, s, d] -> [b, s, n, d]
-
-
-def _bias(q: Tensor, lengths: Tensor | None, soft_mask: SoftMask, theta: Tensor | None) -> Tensor:
-    """Additive bias broadcastable to [b, n, s, s]: key padding alone at alpha = 1, log m otherwise."""
-    b, _, s, _ = q.shape
-    if lengths is None:
-        lengths = torch.full((b,), s, dtype=torch.int64, device=q.device)
-    if soft_mask.value == 1.0 and theta is None:
-        return (torch.arange(s, device=q.device) < lengths[:, None])[:, None, None, :]  # [b, 1, 1, s] True = attend
-    form, alpha = effective_alpha(soft_mask, theta)
-    return torch.log(soft_mask_weights(form, alpha, lengths, s)).to(q.dtype)

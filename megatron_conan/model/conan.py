@@ -22,7 +22,7 @@ from torch import Tensor
 
 from megatron_conan.config import RunConfig
 from megatron_conan.data.packing import PackedSequences
-from megatron_conan.model.attention import choose_backend
+from megatron_conan.model.attention import check_attention
 from megatron_conan.model.mask import SoftMask
 from megatron_conan.model.pooling import pool_packed, pool_padded
 from megatron_conan.model.spec import decoder_spec, transformer_config
@@ -62,10 +62,9 @@ class ConanModel(LanguageModule):
                 core, config.model.vocab_size, config.model.max_seq_length, position_embedding_type="none"
             )
             self.embedding.word_embeddings.weight.is_embedding_or_output_parameter = True  # for optimizer.decoupled_lr
-        backend = choose_backend(config.attention.backend)
         self.decoder = TransformerBlock(
             core,
-            decoder_spec(config, core, soft_mask, backend, vp_stage),
+            decoder_spec(config, core, soft_mask, vp_stage),
             pre_process=pre_process,
             post_process=post_process,
             vp_stage=vp_stage,
@@ -191,10 +190,14 @@ def build_model(
 
     Returns:
         The chunks (one, or `parallel.virtual_pipeline`), and megatron-core's config that they share.
+
+    Raises:
+        ValueError: if `attention.backend` can't compute this model's attention.
     """
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+    check_attention(config, device)
     model_parallel_cuda_manual_seed(config.train.seed)
     core = transformer_config(config, device)
     num_chunks = config.parallel.virtual_pipeline or 1

@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_conan.config import RunConfig
-from megatron_conan.model.attention import Backend, SoftMaskAttention
+from megatron_conan.model.attention import SoftMaskAttention
 from megatron_conan.model.backends import import_te_linears
 from megatron_conan.model.mask import SoftMask
 from megatron_conan.model.norm import RMSNorm
@@ -75,7 +75,7 @@ def _leave(weight: torch.Tensor) -> torch.Tensor:
 
 
 def decoder_spec(
-    config: RunConfig, core: TransformerConfig, soft_mask: SoftMask, backend: Backend, vp_stage: int | None
+    config: RunConfig, core: TransformerConfig, soft_mask: SoftMask, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
     """Layer specs of this pipeline stage (and model chunk): pre-norm attention and SwiGLU around our core attention."""
     column, row = import_te_linears() if config.model.spec == "te" else (ColumnParallelLinear, RowParallelLinear)
@@ -88,7 +88,7 @@ def decoder_spec(
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=column,
-                    core_attention=partial(SoftMaskAttention, soft_mask=soft_mask, backend=backend),
+                    core_attention=partial(SoftMaskAttention, soft_mask=soft_mask, backend=config.attention.backend),
                     linear_proj=row,
                 ),
             ),
