@@ -132,7 +132,6 @@ class Machine {
   std::vector<std::vector<bool>> written_;  // of every writable range, in 16 bytes
   char* shared_ = nullptr;
   uint32_t shared_bytes_ = 0, block_epoch_ = 0;
-  int last_warp_ = -1;
   void (*body_)(const void*) = nullptr;
   const void* context_ = nullptr;
   uint64_t random_state_ = 0;
