@@ -242,6 +242,19 @@ def test_packed_equals_padded(generator):
                 assert bits((out[None, begin:end], lse[None, :, begin:end].contiguous())) == bits(alone)
 
 
+def test_tokens_before_the_first_sequence_and_behind_the_last(generator):
+    q, k, v = (normal(generator, BF16, 400, 2, 64) for _ in range(3))
+    for tensor in (q, k, v):
+        tensor[:150] = tensor[220:] = float("nan")
+    out, lse = emulated_forward(
+        q, k, v, torch.tensor(0.3), "row", cu_seqlens=torch.tensor([150, 220], dtype=torch.int32)
+    )
+    part = slice(150, 220)
+    check_sequence((out[part], lse[:, part]), q[part], k[part], v[part], torch.tensor(0.3), "row")
+    check_zeros(out[:150], lse[:, :150])
+    check_zeros(out[220:], lse[:, 220:])
+
+
 def test_only_empty_sequences(generator):
     q, k, v = (normal(generator, BF16, 5, 2, 64) for _ in range(3))
     check_zeros(*emulated_forward(q, k, v, torch.tensor(0.3), "row", cu_seqlens=cumulative((0, 0))))
