@@ -319,11 +319,9 @@ def _with_key_weights(
         return q, k, v
     wide = _wide(q)
     ratio = sequences.length.to(wide) / (sequences.position + 1).to(wide)  # [t], l / j
-    if sequences.inside is not None:
-        ratio = torch.where(sequences.inside, ratio, 1.0)
     bias = torch.minimum(torch.log(ratio), -torch.log(alpha.to(wide)))
-    # a power of two near 1 / scale goes to the query's side, so that no half-precision value overflows
-    factor = 2.0 ** round(-math.log2(scale))
+    # a power of two near 1 / scale, within fp16's range, goes to the query's side: no half-precision value overflows
+    factor = 2.0 ** max(-14, min(15, round(-math.log2(scale))))
     bias = bias / (scale * factor)
     parts = []
     for _ in range(3 if q.dtype.itemsize < 4 else 1):  # three of bf16's 8 bits are fp32's 24

@@ -332,6 +332,16 @@ def test_all_backends_give_one_result(layout, form, alpha, known):
             torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("backend", ["two_pass", "sdpa"])
+def test_a_known_alpha_is_taken_at_its_word(backend):
+    """The host's copy chooses the path: a wrong one shows that it got through."""
+    q, k, v = (torch.randn(2, 6, n, 4, dtype=torch.float64) for n in (4, 2, 2))
+    for known in (0.0, 1.0):
+        out = soft_mask_attention(q, k, v, torch.tensor(0.5).double(), backend=backend, known_alpha=known)
+        wanted = reference(q, k, v, torch.tensor(known).double(), "row")[0]
+        torch.testing.assert_close(out, wanted, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("form", ["row", "column", "constant"])
 def test_sdpa_learns_alpha_and_says_what_it_does_not_take(form):
     q, k, v = (torch.randn(2, 6, n, 4, dtype=torch.float64) for n in (4, 2, 2))

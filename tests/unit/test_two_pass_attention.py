@@ -7,11 +7,11 @@ Shapes: `b` batch, `s` sequence, `t` packed tokens, `n` query heads, `g` key/val
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
+from attention_inputs import LAYOUTS, Inputs, make_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -21,10 +21,14 @@ from torch.nn.functional import scaled_dot_product_attention
 from varlen_emulation import emulate_varlen
 
 from megatron_conan.kernels.soft_mask_attention import Form, reference, soft_mask_weights
-from megatron_conan.kernels.soft_mask_attention.two_pass import two_pass, two_pass_backward, two_pass_forward
+from megatron_conan.kernels.soft_mask_attention.stock_flash import padded_sequences
+from megatron_conan.kernels.soft_mask_attention.two_pass import (
+    _with_key_weights,
+    two_pass,
+    two_pass_backward,
+    two_pass_forward,
+)
 
-LENGTHS = (17, 0, 1, 64, 65, 2)
-LAYOUTS = ("full", "ragged", "packed")
 SCALE = 0.31  # not 1 / sqrt(d)
 CASES = [
     *(("row", x) for x in (0.0, 1e-4, 0.03, 0.5, 1.0)),
@@ -32,51 +36,6 @@ CASES = [
     *(("constant", x) for x in (0.0, 1e-4, 0.03, 0.5, 1.0, (0.0, 0.03, 0.5, 1.0))),
 ]
 """Form and alpha; alpha = .5 meets lengths of 2 and 64, where alpha l / i is exactly 1 in one row."""
-
-
-@dataclass
-class Inputs:
-    """q and grad [b, s, n, d] or [t, n, d], k and v with g heads, and what says where the sequences are."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    grad: Tensor
-    sequences: dict[str, Any]
-    inside: Tensor
-    tensors: list[Tensor] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.tensors = [self.q, self.k, self.v]
-
-    @property
-    def for_reference(self) -> dict[str, Any]:
-        return {name: value for name, value in self.sequences.items() if name != "max_length"}
-
-    def to(self, dtype: torch.dtype) -> Inputs:
-        q, k, v, grad = (x.to(dtype) for x in (*self.tensors, self.grad))
-        return Inputs(q, k, v, grad, self.sequences, self.inside)
-
-
-def make_inputs(
-    layout: str, lengths: tuple[int, ...] = LENGTHS, heads: tuple[int, int] = (4, 2), d: int = 8, seed: int = 0
-) -> Inputs:
-    """fp64. Padded sequences have one place more than the longest needs; packed ones have 2 rows before and 3 behind."""
-    generator = torch.Generator().manual_seed(seed)
-    sizes = torch.tensor(lengths)
-    if layout == "packed":
-        cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)]).int() + 2
-        shape: tuple[int, ...] = (int(cu_seqlens[-1]) + 3,)
-        sequences = {"cu_seqlens": cu_seqlens, "max_length": max(1, *lengths) + 1}
-        place = torch.arange(shape[0])
-        inside = (place >= 2) & (place < cu_seqlens[-1])
-    else:
-        shape = (len(lengths), max(lengths) + 1)
-        sequences = {"lengths": sizes} if layout == "ragged" else {}
-        inside = torch.arange(shape[1]) < (sizes if layout == "ragged" else torch.full_like(sizes, shape[1]))[:, None]
-    n, g = heads
-    q, k, v, grad = (torch.randn(*shape, x, d, dtype=torch.float64, generator=generator) for x in (n, g, g, n))
-    return Inputs(q, k, v, grad, sequences, inside)
 
 
 def expected(
@@ -296,29 +255,40 @@ def test_large_scores_and_one_key_above_all(form, alpha):
         torch.testing.assert_close(x.double(), y, rtol=1e-3, atol=1e-3 * float(y.abs().max()))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("scale", [0.002, 0.125, 8.0])
-def test_column_weights_are_exact_in_half_precision(dtype, scale, monkeypatch):
-    """With q = 0 the scores are the weights alone: they must come out as fp32 has them, at any scale.
-
-    By the way of CUDA, whose emulation is exact: the CPU's kernel takes a coarser exp in half precision (5e-5).
-    """
-    emulate_varlen(monkeypatch)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1e-5, 0.125, 8.0])
+@pytest.mark.parametrize("alpha", [0.0, 0.01, 0.25])
+def test_column_weights_are_exact_in_half_precision(dtype, scale, alpha):
+    """What the dims of the keys' weights add to a score is log min(l / j, 1 / alpha) to fp32's rounding, at any scale."""
     size = 300
-    q, k, v = (torch.zeros(1, size, 1, 8, dtype=dtype) for _ in range(3))
-    _, lse = two_pass_forward(q, k, v, torch.tensor(0.25), "column", scale=scale)
-    weights = soft_mask_weights("column", tensor(0.25), torch.tensor([size]), size)
-    torch.testing.assert_close(lse.double(), torch.log(weights.sum(-1)), rtol=0, atol=2e-6)
+    q, k = torch.zeros(size, 2, 8, dtype=dtype), torch.zeros(size, 1, 8, dtype=dtype)
+    sequences = padded_sequences(q[None], None)
+    q, k, _ = _with_key_weights(q, k, k, tensor(alpha, torch.float32), "column", sequences, scale)
+    ratio = size / torch.arange(1, size + 1, dtype=torch.float64)
+    added = scale * (q.double()[:1] @ k.double().transpose(1, 2))[..., 0]  # [s, n]
+    wanted = torch.log(ratio.clamp(max=1 / alpha if alpha else math.inf))
+    torch.testing.assert_close(added, wanted[:, None].expand(-1, 2), rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("layout", ["full", "ragged"])
-def test_strided_inputs_and_an_expanded_gradient(layout):
+def test_closed_keys_beyond_all_range_take_no_part():
+    """At alpha = 0 a key behind the query may score e^1000 above all it sees."""
+    inputs = make_inputs("full", (5,), (1, 1))
+    inputs.k[0, 4], inputs.q[0, 0] = 50.0, 10.0
+    actual, wanted = found(inputs, tensor(0.0), "row"), expected(inputs, tensor(0.0), "row")
+    assert_same((*actual[:2], actual[2][:3]), (*wanted[:2], wanted[2][:3]))
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strided_inputs_and_an_expanded_gradient(layout, cuda, monkeypatch):
     """megatron-core hands over [s, b, ...] transposed; .sum() hands back one number for all."""
     inputs = make_inputs(layout)
     inputs.grad = torch.ones_like(inputs.grad)
     wanted = expected(inputs, tensor(0.3), "row")
     leaves = [x.transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for x in inputs.tensors]
     assert not leaves[0].is_contiguous()
+    if cuda:
+        emulate_varlen(monkeypatch)
     out = two_pass(*leaves, tensor(0.3), "row", **inputs.sequences, scale=SCALE)
     torch.testing.assert_close(out, wanted[0], rtol=1e-12, atol=1e-12)
     for x, y in zip(torch.autograd.grad(out.sum(), leaves), wanted[2], strict=False):
