@@ -246,8 +246,8 @@ struct WarpRows {
     }
   }
 
-  // Writes lse and output. The warp's rows of q are its own, and used up: the output goes through them, so that it is stored 16
-  // bytes at a time. `lowered`: the rows' weights are in the maxima.
+  // Writes lse and output. The warp's rows of q are its own, and used up since the last barrier: the output goes through them, so
+  // that it is stored 16 bytes at a time. `lowered`: the rows' weights are in the maxima.
   template <class T>
   __device__ __forceinline__ void store(const KernelParams& p, const Mask& mask, int warp_row, SharedAddress q_shared,
                                         bool lowered) {
@@ -255,7 +255,6 @@ struct WarpRows {
     const int lane = thread_index() % 32;
     const SharedAddress own = q_shared + thread_index() / 32 * Tile::warp_rows * Tile::row_bytes;
     float* lse = p.lse + at.sequence * p.lse_sequence_stride + at.start + at.head * p.lse_head_stride;
-    warp_barrier();  // all lanes have read q
 #pragma unroll
     for (int r = 0; r < rows; ++r) {
       float sum = row_sum[r];
