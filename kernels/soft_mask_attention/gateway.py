@@ -44,6 +44,7 @@ class AttentionCase:
         lengths: whether padded sequences have lengths of their own.
         compute_capability: of the CUDA device; None: taken as sufficient.
         aligned: q, k, v have a contiguous head dim, and other strides and addresses that are multiples of 16 bytes.
+        known_alpha: alpha's value if the host knows it; `auto` alone looks at it.
     """
 
     device_type: str
@@ -55,6 +56,7 @@ class AttentionCase:
     lengths: bool = False
     compute_capability: tuple[int, int] | None = None
     aligned: bool = True
+    known_alpha: float | None = None
 
 
 def case_of(
@@ -65,6 +67,7 @@ def case_of(
     form: Form,
     lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    known_alpha: float | None = None,
 ) -> AttentionCase:
     """The case that a call with these tensors is."""
     capability = None
@@ -80,6 +83,7 @@ def case_of(
         lengths=lengths is not None,
         compute_capability=capability,
         aligned=all(_aligned(x) for x in (q, k, v)),
+        known_alpha=None if alpha.requires_grad else known_alpha,
     )
 
 
@@ -112,12 +116,7 @@ def choose_backend(name: Backend | Literal["auto"], case: AttentionCase) -> Back
         if not supported:
             raise ValueError(f"attention backend {name} {reason}")
         return name
-    order: tuple[Backend, ...] = ("kernel", "two_pass", "sdpa")
-    if case.device_type != "cuda":
-        # On a CPU the stock kernel saves little by a causal mask, so two passes cost two full ones: 1.8 to 3 times sdpa
-        # at lengths of 32 to 512. A learned alpha per head at 512 is the one exception (0.8 to 0.9 times).
-        order = ("sdpa", "two_pass")
-    return next((backend for backend in order if is_supported(backend, case)[0]), "reference")
+    return next((backend for backend in _fastest_first(case) if is_supported(backend, case)[0]), "reference")
 
 
 def soft_mask_attention(
@@ -160,7 +159,7 @@ def soft_mask_attention(
     if not torch.compiler.is_compiling() and all(_readable(x) for x in (lengths, cu_seqlens)):
         size = q.shape[-3]
         check_sequence_values(size, lengths=lengths, cu_seqlens=cu_seqlens, max_length=max_length)
-    chosen = choose_backend(backend, case_of(q, k, v, alpha, form, lengths, cu_seqlens))
+    chosen = choose_backend(backend, case_of(q, k, v, alpha, form, lengths, cu_seqlens, known_alpha))
     if chosen == "reference":
         return reference(q, k, v, alpha, form, lengths=lengths, cu_seqlens=cu_seqlens, scale=scale)[0]
     sequences = {"lengths": lengths, "cu_seqlens": cu_seqlens, "max_length": max_length, "scale": scale}
@@ -170,6 +169,21 @@ def soft_mask_attention(
         return op.soft_mask_attention(q, k, v, alpha, form, **sequences)
     attend = two_pass if chosen == "two_pass" else sdpa
     return attend(q, k, v, alpha, form, **sequences, known_alpha=known_alpha)
+
+
+def _fastest_first(case: AttentionCase) -> tuple[Backend, ...]:
+    if case.device_type != "cuda":
+        # On a CPU the stock kernel saves little by a causal mask, so two passes cost two full ones: 1.8 to 3 times sdpa
+        # at lengths of 32 to 512. A learned alpha per head at 512 is the one exception (0.8 to 0.9 times).
+        return "sdpa", "two_pass"
+    if case.known_alpha in (0.0, 1.0):
+        # The mask is stock: one stock call each way, where the kernel's backward makes two. Right padding is harmless
+        # to causal attention; an open mask over padded sequences needs a bias, and is left to the kernel.
+        if case.packed:
+            return "two_pass", "kernel", "sdpa"
+        if case.known_alpha == 0.0 or not case.lengths:
+            return "sdpa", "kernel", "two_pass"
+    return "kernel", "two_pass", "sdpa"
 
 
 def _against_kernel(case: AttentionCase) -> str:

@@ -6,6 +6,7 @@ Shapes: `s` sequence, `b` micro-batch, `t` packed tokens, `n` query and `g` key/
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -20,6 +21,7 @@ from megatron_conan.kernels.soft_mask_attention import (
     AttentionCase,
     Backend,
     Form,
+    case_of,
     choose_backend,
     is_supported,
     soft_mask_attention,
@@ -32,33 +34,40 @@ LEARNED_THETA_START = -6.0
 logger = logging.getLogger(__name__)
 
 
+def attention_case(config: RunConfig, device: torch.device) -> AttentionCase:
+    """What the choice of a backend depends on, as far as the config says it."""
+    form = config.soft_mask.form
+    return AttentionCase(
+        device_type=device.type,
+        dtype=torch.bfloat16 if config.train.precision == "bf16" else torch.float32,
+        head_dim=config.model.head_dim,
+        form="constant" if form == "learned" else form,
+        alpha_gradient=form == "learned",
+        compute_capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
+    )
+
+
 def check_attention(config: RunConfig, device: torch.device) -> None:
     """Refuse a backend that is asked for by name and can't compute this model's attention; say once what `auto` does without.
 
     Raises:
         ValueError: names the backend, the reason and the remedy.
     """
-    learned = config.soft_mask.form == "learned"
-    case = AttentionCase(
-        device_type=device.type,
-        dtype=torch.bfloat16 if config.train.precision == "bf16" else torch.float32,
-        head_dim=config.model.head_dim,
-        form="constant" if config.soft_mask.form == "learned" else config.soft_mask.form,
-        alpha_gradient=learned,
-        compute_capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
-    )
+    name, case = config.attention.backend, attention_case(config, device)
     try:
-        choose_backend(config.attention.backend, case)
+        choose_backend(name, case)
     except ValueError as error:
-        raise ValueError(f"attention.backend={config.attention.backend}: {error}") from error
+        raise ValueError(f"attention.backend={name}: {error}") from error
     supported, reason = is_supported("kernel", case)
-    if (
-        config.attention.backend == "auto"
-        and device.type == "cuda"
-        and not supported
-        and torch.distributed.get_rank() == 0
-    ):
-        logger.warning("soft-mask attention runs without its fused kernel, which %s", reason)
+    if name == "auto" and device.type == "cuda" and not supported and torch.distributed.get_rank() == 0:
+        logger.warning("soft-mask attention goes without its fused kernel, which %s", reason)
+
+
+def computes_packed(name: Backend | Literal["auto"], case: AttentionCase) -> bool:
+    """Whether packed texts are computed as they are. Else they go in padded groups, which is cheaper on a CPU."""
+    packed = replace(case, packed=True)
+    backends: tuple[Backend, ...] = ("kernel", "two_pass")
+    return case.device_type == "cuda" and any(name in ("auto", x) and is_supported(x, packed)[0] for x in backends)
 
 
 class SoftMaskAttention(MegatronModule):
@@ -128,20 +137,12 @@ class SoftMaskAttention(MegatronModule):
     def _attend_packed(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
         """[t, 1, n, d] -> [t, 1, n * d]."""
         q, k, v = (x[:, 0] for x in (query, key, value))  # [t, 1, n, d] -> [t, n, d]
-        if self._takes_packed(q):
+        form, alpha = effective_alpha(self.soft_mask, self.theta)
+        if computes_packed(self.backend, case_of(q, k, v, alpha, form)):
             out = self._attend(q, k, v, cu_seqlens=packed.cu_seqlens, max_length=packed.max_length)
         else:
             out = self._attend_groups(q, k, v, packed)
         return out.flatten(1).unsqueeze(1)  # [t, n, d] -> [t, 1, n * d]
-
-    def _takes_packed(self, q: Tensor) -> bool:
-        """Whether the backend computes packed sequences as they are; padded groups are cheaper on a CPU."""
-        if not q.is_cuda:
-            return False
-        form = "constant" if self.soft_mask.form == "learned" else self.soft_mask.form
-        case = AttentionCase(q.device.type, q.dtype, q.shape[-1], form, self.theta is not None, packed=True)
-        backends: tuple[Backend, ...] = ("kernel", "two_pass")
-        return any(self.backend in ("auto", name) and is_supported(name, case)[0] for name in backends)
 
     def _attend_groups(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedSequences) -> Tensor:
         """[t, n, d] -> [t, n, d]: texts of similar length together, padded."""

@@ -22,6 +22,7 @@ from megatron_conan.loss.cosent import cosent
 from megatron_conan.loss.embedding_metrics import alignment, uniformity_sum
 from megatron_conan.loss.gather import gather_rows, return_gradient
 from megatron_conan.loss.matryoshka import truncate
+from megatron_conan.model.attention import attention_case, computes_packed
 from megatron_conan.train.pair_data import Pairs, PairStep
 from megatron_conan.train.relations import RowRelations, own_rows, row_relations
 from megatron_conan.train.setup import Setup
@@ -292,7 +293,9 @@ class Contrastive:
         begin, end = (len(rows) * (context.dp_rank + i) // context.dp_size for i in (0, 1))
         report.log_means["uniformity"] = uniformity_sum(rows[begin:end], rows, begin)
         computed = sum(batch.tokens.numel() for batch in step.micro_batches)
-        attended = sum(len(batch.sequences.to_padded) for batch in step.micro_batches)
+        attended = step.num_tokens
+        if not computes_packed(self.setup.config.attention.backend, attention_case(self.setup.config, context.device)):
+            attended = sum(len(batch.sequences.to_padded) for batch in step.micro_batches)
         report.totals["tokens"] = float(step.num_tokens)
         report.means["wasted_tokens"] = (computed - step.num_tokens, computed)
         report.means["attention_padding"] = (attended - step.num_tokens, attended)

@@ -4,6 +4,7 @@ Shapes: `t` packed tokens, `s` sequence, `b` texts of a padded batch, `n` query 
 """
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from torch import Tensor
 from megatron_conan.config import RunConfig
 from megatron_conan.config.tree import SoftMaskConfig
 from megatron_conan.data.packing import PackedSequences, pack_sequences, pack_texts
-from megatron_conan.model.attention import SoftMaskAttention
+from megatron_conan.kernels.soft_mask_attention import AttentionCase
+from megatron_conan.model.attention import SoftMaskAttention, computes_packed
 from megatron_conan.model.mask import SoftMask
 
 HEADS, GROUPS, HEAD_DIM = 4, 2, 8
@@ -26,7 +28,7 @@ RAGGED = [13, 12, 10, 7, 7, 3, 1]
 TAIL = 5
 FORMS = ["row", "column", "constant", "learned"]
 every_mask = pytest.mark.parametrize(
-    ("backend", "form", "alpha"), list(itertools.product(["reference", "sdpa"], FORMS, [0.0, 0.3, 1.0]))
+    ("backend", "form", "alpha"), list(itertools.product(["reference", "sdpa", "two_pass"], FORMS, [0.0, 0.3, 1.0]))
 )
 
 
@@ -45,6 +47,26 @@ def attention(backend: str, form: str, alpha: float) -> SoftMaskAttention:
     if module.theta is not None:
         module.theta.data.copy_(torch.linspace(-2, 2, HEADS))
     return module
+
+
+GPU = AttentionCase("cuda", torch.bfloat16, 112, "row", compute_capability=(9, 0))
+
+
+@pytest.mark.parametrize(
+    ("name", "case", "packed"),
+    [
+        ("auto", GPU, True),
+        ("two_pass", GPU, True),
+        ("sdpa", GPU, False),
+        ("reference", GPU, False),
+        ("auto", replace(GPU, dtype=torch.float32), False),
+        ("two_pass", replace(GPU, head_dim=100), False),
+        ("auto", replace(GPU, device_type="cpu"), False),
+        ("two_pass", replace(GPU, device_type="cpu"), False),
+    ],
+)
+def test_packed_texts_are_computed_as_they_are_on_gpus_where_a_backend_can(name, case, packed):
+    assert computes_packed(name, case) == packed
 
 
 def draw(num_tokens: int) -> tuple[list[Tensor], Tensor]:
@@ -216,7 +238,7 @@ def test_a_models_embeddings_of_packed_texts_are_those_of_each_alone(
 
 
 @pytest.mark.parametrize(("form", "alpha"), [("row", 0.0), ("row", 1.0), ("column", 0.3), ("learned", 0.3)])
-@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "two_pass"])
 def test_every_mask_and_backend_of_the_model(
     form: str, alpha: float, backend: str, workers: WorkerPool, tmp_path: Path
 ) -> None:

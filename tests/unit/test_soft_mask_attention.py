@@ -128,7 +128,7 @@ def test_half_open_mask_is_its_definition_in_value_and_gradient(size, form, alph
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
     if form == "per_head":
         return  # an alpha a head is what the learned form makes; no module takes it as such
-    for backend in ("reference", "sdpa"):
+    for backend in ("reference", "sdpa", "two_pass"):
         module = attention(backend, form, alpha, groups)
         leaves = inputs.leaves(torch.float32)
         if module.theta is not None:
@@ -140,7 +140,7 @@ def test_half_open_mask_is_its_definition_in_value_and_gradient(size, form, alph
             torch.testing.assert_close(a, b, rtol=1e-5, atol=5e-6)
 
 
-@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "two_pass"])
 @pytest.mark.parametrize("form", ["row", "column", "constant"])
 @pytest.mark.parametrize("size", [1, 7, 16])
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
@@ -158,11 +158,12 @@ def test_both_ends_are_stock_attention(backend, form, size, alpha):
 @pytest.mark.parametrize("form", ["row", "column", "constant", "learned"])
 @pytest.mark.parametrize("alpha", [0.0, 0.02, 0.5, 1.0])
 @pytest.mark.parametrize("with_lengths", [True, False])
-def test_sdpa_equals_reference_in_fp32(form, alpha, with_lengths):
+@pytest.mark.parametrize("name", ["sdpa", "two_pass"])
+def test_backends_equal_reference_in_fp32(name, form, alpha, with_lengths):
     inputs = make_inputs(16, groups=2, ragged=with_lengths)
     lengths = inputs.lengths if with_lengths else None
     results = []
-    for backend in ("sdpa", "reference"):
+    for backend in (name, "reference"):
         module, leaves = attention(backend, form, alpha, 2), inputs.leaves(torch.float32)
         out = run(module, *leaves, lengths)
         results.append((out[inputs.inside], gradients(out, inputs, leaves), module.theta))
@@ -175,7 +176,7 @@ def test_sdpa_equals_reference_in_fp32(form, alpha, with_lengths):
         assert bool(fast_theta.grad.any()) == (alpha < 1.0)
 
 
-@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "two_pass"])
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 def test_padding_and_other_rows_of_the_batch_have_no_influence(backend, alpha):
     inputs = make_inputs(7, groups=2)
