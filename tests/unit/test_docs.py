@@ -18,7 +18,8 @@ from megatron_conan.config import RunConfig, check_config, load_config
 from megatron_conan.config.load import _field_names
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "data_tools").glob("*.md")]
+FOLDERS = (".", "docs", "data_tools", "kernels/*")
+DOCUMENTS = [path for folder in FOLDERS for path in sorted(ROOT.glob(f"{folder}/*.md"))]
 SHELL_COMMANDS = {"source", "cd", "git", "ls", "cat", "tail"}
 """Commands that are not ours to check."""
 TOP_FOLDERS = ("megatron_conan", "benchmarks", "configs", "data_tools", "docs", "launch", "kernels", "tests", ".ci")
@@ -107,6 +108,8 @@ def check_command(words: list[str]) -> None:
         check_launch(words[place], words[place + 1 :], nodes * int(options[options.index("--nproc-per-node") + 1]))
     elif name == "bash":
         check_launch(words[1], words[2:], None)
+    elif name == "python" and words[1:3] == ["-P", "-m"]:
+        check_flags(words[4:], help_text(sys.executable, *words[1:4]))
     elif name == "python":
         assert (ROOT / words[1]).is_file()
         check_flags(words[2:], help_text(sys.executable, words[1]))
@@ -116,7 +119,16 @@ def check_command(words: list[str]) -> None:
             options = dict(zip(words[2::2], words[3::2], strict=False))
             check_config(load_config(ROOT / options["--config"]), int(options.get("--world-size", "1")))
     elif name == "pytest":
-        assert all((ROOT / word).exists() for word in words[1:])
+        options = dict(zip(words[1::2], words[2::2], strict=False)) if words[1] in ("-m", "-k") else {}
+        assert set(options) <= {"-m", "-k", words[-1]}
+        assert all((ROOT / word).exists() for word in (words[-1:] if options else words[1:]))
+        if "-k" in options:
+            texts = [path.read_text(encoding="utf-8") for path in (ROOT / words[-1]).glob("test_*.py")]
+            assert any(f"def test_{options['-k']}" in text for text in texts), f"no test of {options['-k']}"
+    elif name == "compute-sanitizer":
+        assert words[1] == "--tool"
+        assert words[2] in {"memcheck", "racecheck", "synccheck", "initcheck"}
+        check_command(words[3:])
     else:
         assert name in SHELL_COMMANDS, f"unknown command {name}"
 
@@ -169,9 +181,12 @@ def inline_code(path: Path) -> list[str]:
 def test_named_paths_make_targets_and_keys_exist(path):
     for code in inline_code(path):
         first = code.split()[0]
-        if first.split("/")[0] in TOP_FOLDERS and "/" in first:
+        top = first.split("/")[0]
+        beside = path.parent != ROOT and (path.parent / top).is_dir()  # a path from the document's own folder on
+        if (top in TOP_FOLDERS or beside) and "/" in first:
             place = re.sub(r"[,;]$", "", first)
-            assert list(ROOT.glob(place.rstrip("/"))) or "STAGE" in place, f"{path.name}: {place} does not exist"
+            folder = path.parent if beside else ROOT
+            assert list(folder.glob(place.rstrip("/"))) or "STAGE" in place, f"{path.name}: {place} does not exist"
         if re.match(r"(?:[A-Z]+=\S+ )?make [a-z]", code):
             check_command(next(commands(code)))
         key = re.fullmatch(r"([a-z_]+)\.([a-z_0-9]+)(?:=.*)?", code)
