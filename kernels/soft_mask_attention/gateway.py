@@ -132,6 +132,7 @@ def soft_mask_attention(
     scale: float | None = None,
     backend: Backend | Literal["auto"] = "auto",
     known_alpha: float | None = None,
+    zero_padding: bool = True,
 ) -> Tensor:
     """Soft-mask attention, see `semantics`.
 
@@ -148,9 +149,11 @@ def soft_mask_attention(
         backend: kernel, two_pass, sdpa, reference, or auto.
         known_alpha: alpha's value if the host knows it, so that 0 and 1 take a stock kernel's own path. Not looked at where
             alpha takes a gradient.
+        zero_padding: False where nobody looks at rows that belong to no sequence; sdpa is faster then, and leaves finite
+            numbers there.
 
     Returns:
-        As q; rows that belong to no sequence are zero.
+        As q; rows that belong to no sequence are zero, if `zero_padding`.
 
     Raises:
         ValueError: for inputs that don't fit together, or a backend that doesn't take them.
@@ -167,8 +170,9 @@ def soft_mask_attention(
         from megatron_conan.kernels.soft_mask_attention import op
 
         return op.soft_mask_attention(q, k, v, alpha, form, **sequences)
-    attend = two_pass if chosen == "two_pass" else sdpa
-    return attend(q, k, v, alpha, form, **sequences, known_alpha=known_alpha)
+    if chosen == "two_pass":
+        return two_pass(q, k, v, alpha, form, **sequences, known_alpha=known_alpha)
+    return sdpa(q, k, v, alpha, form, **sequences, known_alpha=known_alpha, zero_padding=zero_padding)
 
 
 def _fastest_first(case: AttentionCase) -> tuple[Backend, ...]:

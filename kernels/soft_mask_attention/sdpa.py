@@ -23,6 +23,7 @@ def sdpa(
     max_length: int | None = None,
     scale: float | None = None,
     known_alpha: float | None = None,
+    zero_padding: bool = True,
 ) -> Tensor:
     """Attend; the memory of the bias is b * s * s elements, n times that for an alpha per head.
 
@@ -41,9 +42,11 @@ def sdpa(
         scale: factor on the scores; 1/sqrt(d) if not given.
         known_alpha: alpha's value if the host knows it: at 0 and 1 the mask is stock and no bias is made. Not looked at
             where alpha takes a gradient.
+        zero_padding: False where nobody looks at rows beyond a sequence's length: zeroing them costs 8 to 16% of the whole
+            on a CPU. They are finite then, and of no meaning.
 
     Returns:
-        [b, s, n, d]; rows beyond a sequence's length are zero.
+        [b, s, n, d]; rows beyond a sequence's length are zero, if `zero_padding`.
 
     Raises:
         ValueError: for packed sequences.
@@ -69,7 +72,7 @@ def sdpa(
         q, k, v, attn_mask=bias, is_causal=known_alpha == 0.0, scale=scale, enable_gqa=grouped
     )
     output = output.transpose(1, 2)  # [b, n, s, d] -> [b, s, n, d]
-    if lengths is None:
+    if lengths is None or not zero_padding:
         return output
     inside = torch.arange(s, device=q.device) < lengths[:, None]  # [b, s]
     return torch.where(inside[:, :, None, None], output, 0.0)

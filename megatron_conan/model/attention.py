@@ -119,7 +119,7 @@ class SoftMaskAttention(MegatronModule):
             attention_mask: lengths [b] int64, or None (all of length s), or the sequences packed into b = 1 row.
 
         Returns:
-            [s, b, n * d].
+            [s, b, n * d]; rows of padding are finite and of no meaning.
         """
         if isinstance(attention_mask, PackedSequences):
             return self._attend_packed(query, key, value, attention_mask)
@@ -130,9 +130,8 @@ class SoftMaskAttention(MegatronModule):
         """[b, s, n, d] -> [b, s, n, d], or [t, n, d] -> [t, n, d]."""
         form, alpha = effective_alpha(self.soft_mask, self.theta)
         known_alpha = self.soft_mask.value if self.theta is None else None
-        return soft_mask_attention(
-            q, k, v, alpha, form, **sequences, scale=self.scale, backend=self.backend, known_alpha=known_alpha
-        )
+        settings: dict[str, Any] = {"scale": self.scale, "backend": self.backend, "known_alpha": known_alpha}
+        return soft_mask_attention(q, k, v, alpha, form, **sequences, **settings, zero_padding=False)
 
     def _attend_packed(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
         """[t, 1, n, d] -> [t, 1, n * d]."""

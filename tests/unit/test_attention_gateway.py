@@ -383,3 +383,14 @@ def test_import_is_cheap():
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_padding_that_nobody_looks_at_is_left_as_it_is():
+    q, k, v = (torch.randn(2, 5, n, 8) for n in (4, 2, 2))
+    given = padded(q=q, k=k, v=v, lengths=torch.tensor([5, 2]))
+    zeroed, left = (soft_mask_attention(**given, backend="sdpa", zero_padding=zero) for zero in (True, False))
+    inside = torch.arange(5) < given["lengths"][:, None]
+    assert torch.equal(zeroed[inside], left[inside])
+    assert not zeroed[~inside].any()
+    assert left[~inside].any()
+    assert left.isfinite().all()
