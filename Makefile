@@ -37,6 +37,7 @@ test-gpu: install ## the tests that need a CUDA GPU
 bench: install ## the benchmarks, in their quick form where they have one
 	@$(PY) benchmarks/info_nce.py --rows 8192
 	@$(PY) benchmarks/contrastive_step.py --quick
+	@$(PY) benchmarks/soft_mask_attention.py --quick
 	@[ ! -e runs/demo/finetune/checkpoints/latest ] || $(PY) benchmarks/mining.py --quick
 
 lint: install ## ruff and mypy
