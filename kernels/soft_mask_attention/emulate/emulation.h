@@ -29,11 +29,15 @@ namespace emulation {
 
 inline void perform_load_matrix(Thread* lanes, const char* name, bool transposed) {
   uint16_t matrices[4][8][8];
+  uint32_t offsets[warp_size];
   for (int lane = 0; lane < warp_size; ++lane) {
     const uint32_t offset = machine.offset_of(lanes[lane], name, lanes[lane].operands[0], 16);
     machine.read(lanes[lane], name, offset, 16, ~0u);
     std::memcpy(matrices[lane / 8][lane % 8], machine.shared() + offset, 16);
+    offsets[lane] = offset;
   }
+  for (int i = 0; i < 4; ++i) machine.counters.load_matrix.actual += count_wavefronts(offsets + 8 * i, 8, 16);
+  machine.counters.load_matrix.minimum += 4;
   for (int lane = 0; lane < warp_size; ++lane) {
     const int row = lane / 4, column = lane % 4 * 2;
     for (int i = 0; i < 4; ++i) {
@@ -52,6 +56,7 @@ inline constexpr Operation load_matrix_transposed_operation{
 template <float (*convert)(uint16_t)>
 void perform_mma(Thread* lanes) {
   using Floats = float __attribute__((vector_size(16)));
+  ++machine.counters.mma;
   float a[16][16];
   union {
     float of[16][8];
@@ -116,6 +121,8 @@ inline void copy_async_16(SharedAddress destination, const void* source, bool va
   const uint32_t offset = machine.offset_of(self, "copy_async_16", destination, 16);
   if (valid) machine.check_global(self, "copy_async_16", source, false);
   machine.write(self, "copy_async_16", offset, 16, emulation::Contents::in_flight);
+  machine.count_access(self, emulation::Access::copy, offset, valid ? source : nullptr);
+  (valid ? machine.counters.bytes_copied : machine.counters.bytes_zero_filled) += 16;
   std::memset(machine.shared() + offset, 0xFF, 16);
   self.copies.push_back({offset, source, valid, self.num_groups});
 }
@@ -165,10 +172,14 @@ inline float shuffle_xor(float value, int lane_mask) {
 
 // Of the special function unit: to about 2^-24 here; exp2 takes and gives subnormals as zero.
 inline float exp2_fast(float x) {
+  ++emulation::machine.counters.exp2;
   const float y = std::exp2(x);
   return y < 0x1p-126f ? 0.0f : y;
 }
-inline float log2_fast(float x) { return std::log2(x); }
+inline float log2_fast(float x) {
+  ++emulation::machine.counters.log2;
+  return std::log2(x);
+}
 
 inline void block_barrier() { emulation::machine.arrive(emulation::Machine::block_barrier_operation); }
 inline void warp_barrier() { emulation::machine.arrive(emulation::warp_barrier_operation); }
@@ -179,6 +190,8 @@ inline void store_16(void* destination, SharedAddress source) {
   const uint32_t offset = machine.offset_of(self, "store_16", source, 16);
   machine.check_global(self, "store_16", destination, true);
   machine.read(self, "store_16", offset, 16, 1u << self.lane);
+  machine.count_access(self, emulation::Access::store, offset, destination);
+  machine.counters.bytes_stored += 16;
   std::memcpy(destination, machine.shared() + offset, 16);
 }
 inline void store_shared_4(SharedAddress destination, uint32_t value) {
@@ -186,6 +199,7 @@ inline void store_shared_4(SharedAddress destination, uint32_t value) {
   emulation::Thread& self = *machine.current;
   const uint32_t offset = machine.offset_of(self, "store_shared_4", destination, 4);
   machine.write(self, "store_shared_4", offset, 4, emulation::Contents::written);
+  machine.count_access(self, emulation::Access::word, offset, nullptr);
   std::memcpy(machine.shared() + offset, &value, 4);
 }
 

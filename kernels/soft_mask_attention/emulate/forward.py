@@ -7,7 +7,9 @@ Shapes: `b` sequences, `s` rows a sequence, `t` packed tokens, `m` packed sequen
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import c_float, c_int32, c_int64, c_uint64, c_void_p
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_conan.kernels.soft_mask_attention.emulate.build import KERNEL, load_library
+from megatron_conan.kernels.soft_mask_attention.emulate.counters import Counters, LaunchCounters
 from megatron_conan.kernels.soft_mask_attention.reference import Form
 
 Order = Literal["ascending", "descending", "random"]
@@ -48,7 +51,37 @@ class ForwardParams(ctypes.Structure):
 class GlobalRange(ctypes.Structure):
     """`GlobalRange` of machine.h."""
 
-    _fields_: ClassVar = [("begin", c_uint64), ("end", c_uint64), ("writable", c_int32), ("unused", c_int32)]
+    _fields_: ClassVar = [
+        *((name, c_uint64) for name in ("begin", "end")),
+        *((name, c_int32) for name in ("writable", "unused")),
+        ("accesses", c_void_p),
+    ]
+
+
+class CountedRange:
+    """A stretch of global memory with a count of accesses for every 16 bytes."""
+
+    def __init__(self, begin: int, end: int, *, writable: bool) -> None:
+        self.begin, self.end, self.writable = begin, end, writable
+        self.accesses = torch.zeros((end - begin + 15) // 16, dtype=torch.int32)
+
+    def as_struct(self) -> GlobalRange:
+        return GlobalRange(self.begin, self.end, int(self.writable), 0, self.accesses.data_ptr())
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Accesses to a tensor that lies in this range, [..., d] -> [..., d/8]."""
+        shape = (*tensor.shape[:-1], tensor.shape[-1] // 8)
+        strides = (*(stride // 8 for stride in tensor.stride()[:-1]), 1)
+        return self.accesses.as_strided(shape, strides, (tensor.data_ptr() - self.begin) // 16)
+
+
+@dataclass
+class EmulatedLaunch:
+    """What a launch gave, and what it cost."""
+
+    out: Tensor
+    lse: Tensor
+    counters: LaunchCounters
 
 
 class GuardedTensor:
@@ -86,16 +119,26 @@ def load_forward(dtype: torch.dtype, head_dim: int, *, kernel: Path = KERNEL) ->
         raise ValueError(f"the kernel takes {' or '.join(map(str, ELEMENTS))}, not {dtype}")
     definitions = (f"INSTANCE_ELEMENT={ELEMENTS[dtype]}", f"INSTANCE_HEAD_DIM={head_dim}")
     library = load_library(kernel / "emulate" / "emulate.cpp", definitions, kernel=kernel)
-    library.forward_params_size.restype = c_int64
-    size = library.forward_params_size()
-    if size != ctypes.sizeof(ForwardParams):
-        raise RuntimeError(
-            f"ForwardParams of params.h has {size} bytes, here {ctypes.sizeof(ForwardParams)}: make them equal"
-        )
+    sizes = ((library.forward_params_size, ForwardParams, "params.h"), (library.counters_size, Counters, "counters.h"))
+    for function, struct, header in sizes:
+        function.restype = c_int64
+        size = function()
+        if size != ctypes.sizeof(struct):
+            raise RuntimeError(
+                f"{struct.__name__} of {header} has {size} bytes, here {ctypes.sizeof(struct)}: make them equal"
+            )
     return library
 
 
 def emulated_forward(
+    q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, form: Form, **arguments: object
+) -> tuple[Tensor, Tensor]:
+    """Out and lse of `emulated_launch`, which has the arguments."""
+    launch = emulated_launch(q, k, v, alpha, form, **arguments)
+    return launch.out, launch.lse
+
+
+def emulated_launch(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -109,7 +152,7 @@ def emulated_forward(
     order: Order = "ascending",
     seed: int = 0,
     kernel: Path = KERNEL,
-) -> tuple[Tensor, Tensor]:
+) -> EmulatedLaunch:
     """Soft-mask attention by the emulated kernel.
 
     Args:
@@ -127,7 +170,7 @@ def emulated_forward(
         kernel: the folder of csrc/ and emulate/.
 
     Returns:
-        out like q, and lse [b, n, s] or [n, t] fp32.
+        out like q, lse [b, n, s] or [n, t] fp32, and what it cost.
 
     Raises:
         RuntimeError: what the kernel did wrong.
@@ -163,14 +206,17 @@ def emulated_forward(
         form=FORMS.index(form),
         scale=head_dim**-0.5 if scale is None else scale,
     )
-    ranges = [global_range(x, writable=False) for x in (q, k, v)] + [global_range(out.tensor, writable=True)]
-    message = ctypes.create_string_buffer(MESSAGE_BYTES)
+    inputs = counted_ranges([q, k, v], writable=False)
+    outputs = counted_ranges([out.tensor], writable=True)
+    ranges = [x.as_struct() for x in (*inputs, *outputs)]
+    counters, message = Counters(), ctypes.create_string_buffer(MESSAGE_BYTES)
     code = library.emulate_forward(
         ctypes.byref(params),
         c_int32(ORDERS.index(order)),
         c_uint64(seed),
         (GlobalRange * len(ranges))(*ranges),
         c_int32(len(ranges)),
+        ctypes.byref(counters),
         message,
         c_int64(MESSAGE_BYTES),
     )
@@ -178,11 +224,23 @@ def emulated_forward(
         raise RuntimeError(f"the emulated kernel failed with code {code}: {message.value.decode()}")
     out.check("out")
     lse.check("lse")
-    return out.tensor, lse.tensor
+    reads = [next(x.of(tensor) for x in inputs if x.begin <= tensor.data_ptr() <= x.end) for tensor in (q, k, v)]
+    return EmulatedLaunch(
+        out.tensor, lse.tensor, LaunchCounters(counters, *reads, out_writes=outputs[0].of(out.tensor))
+    )
 
 
-def global_range(tensor: Tensor, *, writable: bool) -> GlobalRange:
-    """The addresses from the tensor's first element to its last."""
+def counted_ranges(tensors: Sequence[Tensor], *, writable: bool) -> list[CountedRange]:
+    """The addresses from each tensor's first element to its last; those of tensors that overlap are one range."""
+    spans: list[tuple[int, int]] = []
+    for begin, end in sorted(map(address_span, tensors)):
+        if spans and begin < spans[-1][1]:
+            begin, end = spans[-1][0], max(end, spans.pop()[1])
+        spans.append((begin, end))
+    return [CountedRange(begin, end, writable=writable) for begin, end in spans]
+
+
+def address_span(tensor: Tensor) -> tuple[int, int]:
     span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
     size = tensor.element_size() * span if tensor.numel() else 0
-    return GlobalRange(tensor.data_ptr(), tensor.data_ptr() + size, int(writable), 0)
+    return tensor.data_ptr(), tensor.data_ptr() + size

@@ -12,6 +12,7 @@
 #include <memory>
 #include <vector>
 
+#include "counters.h"
 #include "cuda_names.h"
 #include "fibers.h"
 
@@ -31,6 +32,7 @@ constexpr uint64_t stack_mark = 0x5afe57ac5afe57acu;
 struct GlobalRange {
   uint64_t begin, end;
   int32_t writable, unused;
+  int32_t* accesses;  // counts them, for every 16 bytes; or null
 };
 
 struct Thread;
@@ -82,6 +84,7 @@ class Machine {
  public:
   Order order = Order::ascending;
   std::vector<GlobalRange> ranges;
+  Counters counters{};  // they add up until they are cleared
   char message[1024] = "";
   Thread* current = nullptr;
 
@@ -97,6 +100,11 @@ class Machine {
 
   // Ends the emulation with an error; `format` is followed by who did it.
   [[noreturn]] void fail(const Thread& thread, const char* format, ...) __attribute__((format(printf, 3, 4)));
+
+  // Counts an access of one lane; `global` is null if global memory isn't touched.
+  void count_access(const Thread& thread, Access access, uint32_t offset, const void* global) {
+    accesses_[thread.warp].add(access, thread.lane, offset, global);
+  }
 
   // Checks of accesses, in memory_checks.h.
   uint32_t offset_of(const Thread& thread, const char* name, uint32_t address, uint32_t size);
@@ -128,6 +136,7 @@ class Machine {
   std::unique_ptr<Thread[]> threads_;
   std::unique_ptr<char[]> stacks_, memory_;
   std::vector<Warp> warps_;
+  std::vector<WarpAccesses> accesses_;  // of every warp
   std::vector<Word> words_;
   std::vector<std::vector<bool>> written_;  // of every writable range, in 16 bytes
   char* shared_ = nullptr;
@@ -185,6 +194,7 @@ inline void Machine::arrive(const Operation& operation) {
     return;
   }
   warp.num_arrived = 0;
+  accesses_[self.warp].count(counters);
   operation.perform(lanes);
   shuffle_lanes(warp);
   if (&operation == &end_operation_ || &operation == &block_barrier_operation) {
@@ -242,6 +252,8 @@ inline bool Machine::run_block() {
   std::memset(shared_ - guard_size, 0xFF, shared_bytes_ + 2 * guard_size);
   std::fill(words_.begin(), words_.end(), Word{});
   block_epoch_ = 1;  // 0 is never
+  ++counters.blocks;
+  for (WarpAccesses& accesses : accesses_) accesses.clear();
   for (std::size_t w = 0; w < warps_.size(); ++w) {
     warps_[w] = {Warp::State::ready, 0, 1, {1, 0, order == Order::descending ? warp_size - 1u : 0u}};
     shuffle_lanes(warps_[w]);
@@ -279,6 +291,7 @@ inline bool Machine::run_block() {
     if (num_ended == warps_.size()) break;
     if (num_ended > 0) return report("deadlock: warp %d waits at block_barrier, but %zu warps have ended", waiting, num_ended);
     ++block_epoch_;
+    ++counters.block_barriers;
     for (Warp& warp : warps_) {
       ++warp.epoch;
       warp.state = Warp::State::ready;
@@ -322,6 +335,7 @@ inline int Machine::run(dim3 grid, int num_threads, std::size_t shared_bytes, vo
   shared_ = memory_.get() + guard_size;
   shared_ += 16 + (32 - reinterpret_cast<uintptr_t>(shared_) % 32) % 32;
   warps_.resize(num_threads / warp_size);
+  accesses_.resize(num_threads / warp_size);
   words_.resize((shared_bytes + 3) / 4);
   written_.clear();
   for (const GlobalRange& range : ranges) written_.emplace_back((range.end - range.begin + 15) / 16, false);

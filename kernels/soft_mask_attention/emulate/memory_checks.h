@@ -34,6 +34,7 @@ inline void Machine::check_global(const Thread& thread, const char* name, const 
       if (piece) fail(thread, "%s: global address %p is written a second time", name, pointer);
       piece = true;
     }
+    if (ranges[i].accesses != nullptr) ++ranges[i].accesses[(address - ranges[i].begin) / 16];
     return;
   }
   fail(thread, "%s: global address %p lies in no buffer to %s", name, pointer, write ? "write" : "read");
