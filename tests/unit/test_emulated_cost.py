@@ -126,20 +126,9 @@ def in_shared_memory(total: Counters) -> dict[str, float]:
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("length", [512, 200])
 def test_no_bank_conflicts(head_dim, length):
-    """But for copies and the loads of `store` at 112 columns, where the eight lanes served at once can span two rows.
-
-    There 14 lanes have a row. What is left of the row and the beginning of the next are 16 bytes apart, so the last of such
-    eight lanes meets the first one's banks: at 3 in 7 places. Without the 16 bytes ldmatrix would have conflicts.
-    """
     total = count(length, head_dim, 0.5, "row").total
-    assert min(x.minimum for x in (total.load_matrix, total.words, total.stores, total.copies)) > 0
-    assert total.load_matrix.actual == total.load_matrix.minimum
-    assert total.words.actual == total.words.minimum
-    for accesses in (total.stores, total.copies):
-        if head_dim == 112:
-            assert 7 * accesses.actual <= 10 * accesses.minimum
-        else:
-            assert accesses.actual == accesses.minimum
+    for accesses in (total.load_matrix, total.words, total.stores, total.copies):
+        assert accesses.actual == accesses.minimum > 0
 
 
 def changed_kernel(folder: Path, head_dim: int, old: str, new: str) -> Path:

@@ -7,7 +7,7 @@
 //             keys 0..63   64..127   128..191   ...
 //   warp 0     diagonal     upper      upper          lower:    nothing to add
 //   warp 1     diagonal     upper      upper          diagonal: element by element, as is the tile where the sequence ends
-//   warp 2      lower      diagonal    upper          upper:    nothing to add either, see `lower_maxima`
+//   warp 2      lower      diagonal    upper          upper:    nothing to add either, see `shift_maxima`
 //   warp 3      lower      diagonal    upper                    (column form: element by element)
 //
 // Rows of shared memory are 8 elements longer than the head dim: then the eight rows that ldmatrix reads at a time lie in
@@ -33,8 +33,9 @@ struct ForwardTile {
   static constexpr int keys = HEAD_DIM > 112 ? 48 : 64;  // 64 don't fit into the registers
   static constexpr int stride = HEAD_DIM + 8;  // of a row in shared memory, in elements
   static constexpr int chunks = HEAD_DIM / 8;  // pieces of 16 bytes in a row
+  static constexpr int lanes = chunks > 8 ? 16 : 8;  // that copy a row; with 14 pieces two are idle, and no banks in conflict
   static constexpr int row_bytes = 2 * stride;
-  static constexpr int rows_a_copy = threads / chunks >= 16 ? 16 : 8;  // rows that the block's threads copy at a time
+  static constexpr int rows_a_copy = threads / lanes;  // rows that the block's threads copy at a time
   static constexpr int shared_bytes = (rows + 2 * keys) * row_bytes;
 };
 
@@ -80,8 +81,8 @@ __device__ __forceinline__ void load_rows(SharedAddress to, const char* from, in
                                           int rows) {
   using Tile = ForwardTile<HEAD_DIM>;
   constexpr int step = Tile::rows_a_copy;
-  const int row = thread_index() / Tile::chunks, chunk = thread_index() % Tile::chunks;
-  if (step * Tile::chunks < Tile::threads && row >= step) return;
+  const int row = thread_index() / Tile::lanes, chunk = thread_index() % Tile::lanes;
+  if (chunk >= Tile::chunks) return;
   from += row * row_bytes + 16 * chunk;
   to += row * Tile::row_bytes + 16 * chunk;
   rows -= row;
@@ -159,9 +160,10 @@ struct WarpRows {
     }
   }
 
-  // Above the diagonal a row has one weight for all tiles that are still to come. So it isn't added to their scores: what the
-  // scores are compared with is lowered, once. (Sum and output are relative to the maximum, they stay.)
-  __device__ __forceinline__ void lower_maxima(const Mask& mask, int lane_row) {
+  // Above the diagonal a row has one weight for all tiles that are still to come. So log2 m isn't added to their scores: the
+  // maximum that they are compared with is moved by it the other way, once. (Sum and output stay: they are relative to the
+  // maximum of the weighted scores, which is the same as before.)
+  __device__ __forceinline__ void shift_maxima(const Mask& mask, int lane_row) {
 #pragma unroll
     for (int r = 0; r < rows; ++r) row_max[r] -= mask.row_weight(lane_row + 8 * r);
   }
@@ -247,10 +249,10 @@ struct WarpRows {
   }
 
   // Writes lse and output. The warp's rows of q are its own, and used up since the last barrier: the output goes through them, so
-  // that it is stored 16 bytes at a time. `lowered`: the rows' weights are in the maxima.
+  // that it is stored 16 bytes at a time. `shifted`: the rows' weights are in the maxima.
   template <class T>
   __device__ __forceinline__ void store(const KernelParams& p, const Mask& mask, int warp_row, SharedAddress q_shared,
-                                        bool lowered) {
+                                        bool shifted) {
     const Place at = find_place(p);
     const int lane = thread_index() % 32;
     const SharedAddress own = q_shared + thread_index() / 32 * Tile::warp_rows * Tile::row_bytes;
@@ -264,7 +266,7 @@ struct WarpRows {
       const bool inside = row < mask.length;
       const float inverse = 1.0f / sum;
       if (lane % 4 == 0 && row < at.end) {
-        if (lowered) row_max[r] += mask.row_weight(row);
+        if (shifted) row_max[r] += mask.row_weight(row);
         lse[row] = inside ? (row_max[r] + log2_fast(sum)) * kLn2 : -INFINITY;
       }
       const SharedAddress to = own + (row - warp_row) * Tile::row_bytes + lane % 4 * 4;
@@ -277,10 +279,9 @@ struct WarpRows {
     warp_barrier();
     char* out = const_cast<char*>(locate(p.out, p.out_strides, at, at.head, 0));
 #pragma unroll
-    for (int i = 0; i < Tile::chunks; ++i) {
-      const int piece = 32 * i + lane;
-      const int row = piece / Tile::chunks, chunk = piece % Tile::chunks;
-      if (warp_row + row >= at.end) continue;
+    for (int i = 0; i < Tile::lanes; ++i) {
+      const int row = (32 * i + lane) / Tile::lanes, chunk = lane % Tile::lanes;
+      if (chunk >= Tile::chunks || warp_row + row >= at.end) continue;
       store_16(out + (warp_row + row) * p.out_strides.row + 16 * chunk, own + row * Tile::row_bytes + 16 * chunk);
     }
   }
@@ -336,7 +337,7 @@ __global__ void __launch_bounds__(ForwardTile<HEAD_DIM>::threads) forward_kernel
       if (!active) continue;
 
       const int lane_row = warp_row + thread_index() % 32 / 4;
-      if (!COLUMN && upper && key - Tile::keys < warp_row + Tile::warp_rows) rows.lower_maxima(mask, lane_row);
+      if (!COLUMN && upper && key - Tile::keys < warp_row + Tile::warp_rows) rows.shift_maxima(mask, lane_row);
       const float factor = p.scale * kLog2E;  // from s to units of log2
       const bool lower = key + Tile::keys - 1 <= warp_row;
       const bool plain = key + Tile::keys <= length && (lower || (upper && !COLUMN));
