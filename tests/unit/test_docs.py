@@ -215,7 +215,7 @@ def test_links_lead_somewhere(path):
 def messages() -> str:
     """All text constants of the package, those of an f-string apart."""
     constants = []
-    for file in (ROOT / "megatron_conan").rglob("*.py"):
+    for file in [*(ROOT / "megatron_conan").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 constants.append(node.value)
