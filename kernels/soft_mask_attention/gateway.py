@@ -45,6 +45,7 @@ class AttentionCase:
         compute_capability: of the CUDA device; None: taken as sufficient.
         aligned: q, k, v have a contiguous head dim, and other strides and addresses that are multiples of 16 bytes.
         known_alpha: alpha's value if the host knows it; `auto` alone looks at it.
+        length: s of padded sequences; `auto` alone looks at it.
     """
 
     device_type: str
@@ -57,6 +58,7 @@ class AttentionCase:
     compute_capability: tuple[int, int] | None = None
     aligned: bool = True
     known_alpha: float | None = None
+    length: int = 0
 
 
 def case_of(
@@ -84,6 +86,7 @@ def case_of(
         compute_capability=capability,
         aligned=all(_aligned(x) for x in (q, k, v)),
         known_alpha=None if alpha.requires_grad else known_alpha,
+        length=q.shape[-3] if q.dim() == 4 else 0,
     )
 
 
@@ -176,11 +179,13 @@ def soft_mask_attention(
 
 
 def _fastest_first(case: AttentionCase) -> tuple[Backend, ...]:
+    stock = case.known_alpha in (0.0, 1.0)
     if case.device_type != "cuda":
-        # On a CPU the stock kernel saves little by a causal mask, so two passes cost two full ones: 1.8 to 3 times sdpa
-        # at lengths of 32 to 512. A learned alpha per head at 512 is the one exception (0.8 to 0.9 times).
-        return "sdpa", "two_pass"
-    if case.known_alpha in (0.0, 1.0):
+        # Measured on CPUs: two passes take 2 to 3 times sdpa's time at length 64, 1.4 at 1024, .5 at 4096 (sdpa's bias and scores
+        # leave the caches); with a gradient of alpha .6 at 1024.
+        long = not stock and case.length >= (1024 if case.alpha_gradient else 2048)
+        return ("two_pass", "sdpa") if long else ("sdpa", "two_pass")
+    if stock:
         # The mask is stock: one stock call each way, where the kernel's backward makes two. Right padding is harmless
         # to causal attention; an open mask over padded sequences needs a bias, and is left to the kernel.
         if case.packed:

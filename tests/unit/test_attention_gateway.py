@@ -270,6 +270,12 @@ def test_a_kernel_that_is_not_built_says_so(kernel):
         (replace(GPU, known_alpha=1.0, packed=True), False, "two_pass"),
         (CPU, True, "sdpa"),
         (replace(CPU, alpha_gradient=True, form="constant", lengths=True), True, "sdpa"),
+        (replace(CPU, length=2047, known_alpha=0.5), True, "sdpa"),
+        (replace(CPU, length=2048, known_alpha=0.5), True, "two_pass"),
+        (replace(CPU, length=4096, known_alpha=1.0), True, "sdpa"),
+        (replace(CPU, length=1023, alpha_gradient=True), True, "sdpa"),
+        (replace(CPU, length=1024, alpha_gradient=True), True, "two_pass"),
+        (replace(CPU, length=4096, alpha_gradient=True, form="column"), True, "sdpa"),
         (replace(CPU, packed=True), True, "two_pass"),
         (replace(CPU, packed=True, form="column", alpha_gradient=True), True, "reference"),
         (replace(CPU, device_type="mps"), True, "sdpa"),
@@ -296,7 +302,8 @@ def test_the_case_of_a_call():
     assert case_of(*tensors).alpha_gradient
     with torch.no_grad():
         assert not case_of(*tensors).alpha_gradient
-    assert case_of(*[padded()[name] for name in ("q", "k", "v", "alpha", "form")], lengths=CU_SEQLENS[:2]).lengths
+    case = case_of(*[padded()[name] for name in ("q", "k", "v", "alpha", "form")], lengths=CU_SEQLENS[:2])
+    assert case == AttentionCase("cpu", torch.float32, 8, "row", lengths=True, length=5)
     for wrong in (
         torch.zeros(6, 4, 9)[..., :8],
         torch.zeros(6, 8, 4).transpose(1, 2),
