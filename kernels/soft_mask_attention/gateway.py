@@ -181,8 +181,8 @@ def soft_mask_attention(
 def _fastest_first(case: AttentionCase) -> tuple[Backend, ...]:
     stock = case.known_alpha in (0.0, 1.0)
     if case.device_type != "cuda":
-        # Measured on CPUs: two passes take 2 to 3 times sdpa's time at length 64, 1.4 at 1024, .5 at 4096 (sdpa's bias and scores
-        # leave the caches); with a gradient of alpha .6 at 1024.
+        # Measured on CPUs: two passes take 2 to 3 times sdpa's time at length 64, 1.4 at 1024, .5 at 4096 (where sdpa's bias
+        # and scores leave the caches); with a gradient of alpha .6 at 1024.
         long = not stock and case.length >= (1024 if case.alpha_gradient else 2048)
         return ("two_pass", "sdpa") if long else ("sdpa", "two_pass")
     if stock:

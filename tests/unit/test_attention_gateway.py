@@ -303,7 +303,7 @@ def test_the_case_of_a_call():
     with torch.no_grad():
         assert not case_of(*tensors).alpha_gradient
     case = case_of(*[padded()[name] for name in ("q", "k", "v", "alpha", "form")], lengths=CU_SEQLENS[:2])
-    assert case == AttentionCase("cpu", torch.float32, 8, "row", lengths=True, length=5)
+    assert case == AttentionCase("cpu", torch.float32, 8, padded()["form"], lengths=True, length=5)
     for wrong in (
         torch.zeros(6, 4, 9)[..., :8],
         torch.zeros(6, 8, 4).transpose(1, 2),
