@@ -175,8 +175,17 @@ __global__ void write_after_read_of_lanes(Arguments a) {
   if (a.parameter) warp_barrier();
   store_shared_4(row, 0);
 }
+__global__ void write_after_reads(Arguments a) {  // of two lanes; with parameter 1 of one, before a barrier and behind it
+  const SharedAddress base = shared_address(shared_memory());
+  char* out = output<char>(a) + 32 * threadIdx.x;
+  if (threadIdx.x == 0 || (threadIdx.x == 1 && !a.parameter)) store_16(out, base);
+  if (a.parameter) warp_barrier();
+  if (threadIdx.x == 0 && a.parameter) store_16(out + 16, base);
+  if (threadIdx.x == 1) store_shared_4(base, 0);
+}
 __global__ void write_after_write(Arguments) { store_shared_4(shared_address(shared_memory()) + 4 * (threadIdx.x / 2), 0); }
-__global__ void write_after_write_of_warps(Arguments) {
+__global__ void write_after_write_of_warps(Arguments a) {  // parameter 1: one of them behind a barrier of its own
+  if (a.parameter && threadIdx.x >= 32) warp_barrier();
   store_shared_4(shared_address(shared_memory()) + 4 * (threadIdx.x % 32), 0);
 }
 __global__ void warp_barrier_between_warps(Arguments a) {
@@ -184,6 +193,15 @@ __global__ void warp_barrier_between_warps(Arguments a) {
   store_shared_4(base + 4 * threadIdx.x, 0);
   warp_barrier();
   if (threadIdx.x < 16) store_16(output<char>(a) + 16 * threadIdx.x, base + 16 * threadIdx.x);
+}
+// The copy's wait comes after the barrier: of the warp; or with two warps of the block, where the other one reads.
+__global__ void wait_behind_barrier(Arguments a) {
+  const SharedAddress row = shared_address(shared_memory()) + 16 * (threadIdx.x % 32);
+  if (threadIdx.x < 32) copy_async_16(row, a.in, true), copy_commit();
+  blockDim.x > 32 ? block_barrier() : warp_barrier();
+  copy_wait<0>();
+  uint32_t r[4];
+  if (blockDim.x == 32 || threadIdx.x >= 32) load_matrix_x4(r, row);
 }
 __global__ void copy_onto_copy(Arguments a) {
   for (int i = 0; i < 2; ++i) copy_async_16(shared_address(shared_memory()) + 16 * threadIdx.x, a.in, true);
@@ -259,9 +277,11 @@ constexpr Named kernels[] = {
     {"race_through_shuffle", race_through_shuffle},
     {"race_of_own_row", race_of_own_row},
     {"write_after_read_of_lanes", write_after_read_of_lanes},
+    {"write_after_reads", write_after_reads},
     {"write_after_write", write_after_write},
     {"write_after_write_of_warps", write_after_write_of_warps},
     {"warp_barrier_between_warps", warp_barrier_between_warps},
+    {"wait_behind_barrier", wait_behind_barrier},
     {"copy_onto_copy", copy_onto_copy},
     {"load_at", shared_access<Access::load>},
     {"load_transposed_at", shared_access<Access::load_transposed>},

@@ -26,7 +26,6 @@ from megatron_conan.kernels.soft_mask_attention import (
     reference,
     soft_mask_attention,
 )
-from megatron_conan.kernels.soft_mask_attention.sdpa import sdpa
 from megatron_conan.kernels.soft_mask_attention.semantics import check_sequence_values
 
 GPU = AttentionCase("cuda", torch.bfloat16, 64, "row", compute_capability=(9, 0))
@@ -65,6 +64,10 @@ REFUSALS = [
     ),
     (padded(k=zeros(2, 5, 3, 8), v=zeros(2, 5, 3, 8)), "q has 4 heads of dim 8, k and v 3; give a positive dim and"),
     (padded(k=zeros(2, 5, 0, 8), v=zeros(2, 5, 0, 8)), "q has 4 heads of dim 8, k and v 0"),
+    (
+        padded(q=zeros(2, 5, 4, 0), k=zeros(2, 5, 2, 0), v=zeros(2, 5, 2, 0)),
+        "q has 4 heads of dim 0, k and v 2; give a",
+    ),
     (padded(q=zeros(2, 5, 4, 8).half()), "q, k, v have dtypes torch.float16, torch.float32, torch.float32; cast them"),
     (
         padded(v=zeros(2, 5, 2, 8).double()),
@@ -75,6 +78,7 @@ REFUSALS = [
         "q, k, v have dtypes torch.int32, torch.int32, torch.int32; cast them to one floating dtype",
     ),
     (padded(k=meta(2, 5, 2, 8)), "q, k, v are on cpu, meta, cpu; move them to one device"),
+    (padded(v=meta(2, 5, 2, 8)), "q, k, v are on cpu, cpu, meta; move them to one device"),
     (padded(form="diagonal"), "unknown soft-mask form 'diagonal'; known are row, column, constant"),
     (
         padded(form="row", alpha=torch.ones(4)),
@@ -298,8 +302,10 @@ def test_the_case_of_a_call():
     given = packed()
     tensors = [given[name] for name in ("q", "k", "v", "alpha", "form")]
     assert case_of(*tensors, cu_seqlens=CU_SEQLENS) == AttentionCase("cpu", torch.float32, 8, "row", packed=True)
+    assert case_of(*tensors, known_alpha=0.5).known_alpha == 0.5
     tensors[3] = torch.tensor(0.5, requires_grad=True)
     assert case_of(*tensors).alpha_gradient
+    assert case_of(*tensors, known_alpha=0.5).known_alpha is None
     with torch.no_grad():
         assert not case_of(*tensors).alpha_gradient
     case = case_of(*[padded()[name] for name in ("q", "k", "v", "alpha", "form")], lengths=CU_SEQLENS[:2])
@@ -356,20 +362,6 @@ def test_a_known_alpha_is_taken_at_its_word(backend):
         torch.testing.assert_close(out, wanted, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("form", ["row", "column", "constant"])
-def test_sdpa_learns_alpha_and_says_what_it_does_not_take(form):
-    q, k, v = (torch.randn(2, 6, n, 4, dtype=torch.float64) for n in (4, 2, 2))
-    opening = torch.tensor(0.4, dtype=torch.float64)
-    gradients = []
-    for attend in (sdpa, lambda *x, known_alpha, **y: reference(*x, **y)[0]):
-        alpha = opening.clone().requires_grad_()
-        out = attend(q, k, v, alpha, form, lengths=torch.tensor([6, 3]), known_alpha=0.0)  # a learned alpha isn't known
-        gradients.append(torch.autograd.grad(out.square().sum(), alpha)[0])
-    torch.testing.assert_close(*gradients, rtol=1e-11, atol=1e-12)
-    with pytest.raises(ValueError, match=r"sdpa takes padded sequences only, q has shape \[6, 4, 4\]; use two_pass"):
-        sdpa(q[0], k[0], v[0], opening, form, cu_seqlens=CU_SEQLENS, max_length=3)
-
-
 def test_no_value_is_read_where_reading_costs(monkeypatch):
     """Fake lengths have no values; the door must not ask for them."""
     with torch._subclasses.FakeTensorMode():
@@ -390,14 +382,3 @@ def test_import_is_cheap():
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-def test_padding_that_nobody_looks_at_is_left_as_it_is():
-    q, k, v = (torch.randn(2, 5, n, 8) for n in (4, 2, 2))
-    given = padded(q=q, k=k, v=v, lengths=torch.tensor([5, 2]))
-    zeroed, left = (soft_mask_attention(**given, backend="sdpa", zero_padding=zero) for zero in (True, False))
-    inside = torch.arange(5) < given["lengths"][:, None]
-    assert torch.equal(zeroed[inside], left[inside])
-    assert not zeroed[~inside].any()
-    assert left[~inside].any()
-    assert left.isfinite().all()

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megatron_conan.kernels.soft_mask_attention import library
+from megatron_conan.kernels.soft_mask_attention import library, op
 from megatron_conan.kernels.soft_mask_attention.op import (
     library_error,
     soft_mask_attention,
@@ -141,6 +142,35 @@ def test_gradient_of_alpha_is_computed_only_where_it_is_asked_for(monkeypatch):
         inputs.alpha.requires_grad_(gradients)
         run(soft_mask_attention, inputs)
     assert asked == [True, False]
+
+
+def test_the_operator_gets_what_the_kernel_reads(monkeypatch):
+    """alpha in fp32 and lengths in int32, whatever the caller has."""
+    seen = []
+    monkeypatch.setattr(torch.ops.megatron_conan, "soft_mask_attention", lambda *x: seen.append(x) or x[:2])
+    q, k, v = (torch.zeros(2, 7, n, 8, dtype=torch.bfloat16) for n in (4, 2, 2))
+    soft_mask_attention(q, k, v, torch.tensor(0.5).bfloat16(), lengths=torch.tensor([7, 3]))
+    ((*_, alpha, lengths, cu_seqlens, max_length, form, scale),) = seen
+    assert (alpha.dtype, lengths.dtype) == (torch.float32, torch.int32)
+    assert (cu_seqlens, max_length, form, scale) == (None, 0, "row", 8**-0.5)
+
+
+def test_without_the_library_a_gpu_is_told_so(monkeypatch):
+    monkeypatch.setattr(op, "library_error", lambda: "not built: run `make kernels`")
+    with FakeTensorMode():
+        q = torch.empty(1, 3, 2, 64, dtype=torch.bfloat16, device="cuda")
+        with pytest.raises(RuntimeError, match="the soft-mask kernel isn't there: not built: run `make kernels`"):
+            soft_mask_attention(q, q, q, torch.empty((), device="cuda"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_shapes_and_dtypes_are_known_before_it_runs(dtype):
+    """Output like q, lse in fp32, or fp64 for fp64: of the fake implementation as of the real one."""
+    inputs = make_inputs("packed", gradients=False)
+    q, k, v, *rest = inputs.operands()
+    operands = (q.to(dtype), k.to(dtype), v.to(dtype), inputs.alpha.to(torch.promote_types(dtype, torch.float32)))
+    torch.library.opcheck(FORWARD, (*operands, *rest[1:]), test_utils="test_faketensor")
+    assert FORWARD(*operands, *rest[1:])[1].dtype == operands[3].dtype
 
 
 def test_log_sum_exp_carries_no_gradient():

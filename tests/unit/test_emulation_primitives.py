@@ -269,19 +269,17 @@ def test_a_pipeline_needs_every_step(kernels, random, omitted):
         ("race_of_lanes", "store_(16|shared_4): race: .* with no warp_barrier", {}),
         ("race_through_shuffle", r"store_16: race: reads .* with no warp_barrier", {}),
         ("race_of_own_row", r"load_matrix_x4: race: reads .* \(copy_async_16\) with no warp_barrier", {}),
-        (
-            "write_after_read_of_lanes",
-            "store_shared_4: race: writes .* read by other lanes of the warp with no warp_barr",
-            {},
-        ),
+        ("write_after_read_of_lanes", "store_shared_4: race: writes .* read by other lanes .* no warp_barrier", {}),
+        ("write_after_reads", "store_(16|shared_4): race: .* with no warp_barrier", {}),
+        ("write_after_reads", "store_(16|shared_4): race: .* with no warp_barrier", {"parameter": 1}),
         ("write_after_write", "store_shared_4: race: writes .* with no warp_barrier", {}),
         ("write_after_write_of_warps", "store_shared_4: race: writes .* with no block_barrier", {"threads": 64}),
+        ("write_after_write_of_warps", "race: writes .* with no block_barrier", {"threads": 64, "parameter": 1}),
         ("warp_barrier_between_warps", "store_.*: race: .* with no block_barrier", {"threads": 64}),
-        (
-            "copy_onto_copy",
-            r"copy_async_16: writes offset \d+ of shared memory, to which thread \d+ has a copy under way",
-            {},
-        ),
+        ("copy_onto_copy", r"copy_async_16: writes offset \d+ .*, to which thread \d+ has a copy under way", {}),
+        ("wait_behind_barrier", r"race: reads .* \(copy_async_16\) with no warp_barrier", {}),
+        ("wait_behind_barrier", r"race: .* with no block_barrier|copy_wait is missing", {"threads": 64}),
+        ("shuffle", "shuffle_xor: a lane mask of 32", {"parameter": 32}),
     ],
 )
 def test_hazards_in_shared_memory(kernels, name, match, arguments):
@@ -311,9 +309,9 @@ def test_accesses_beside_shared_memory_and_misaligned(kernels, name, operation, 
     for offset in (1024, 1 << 20, -size, 1024 - size // 2):
         match = rf"^{operation}: {size} bytes at offset {offset} of shared memory, which has 1024 bytes \(thread 37, block \("
         kernels.fails(name, match, parameter=offset, **arguments)
-    kernels.fails(
-        name, rf"^{operation}: offset 34 of .* not aligned to {size} bytes \(thread 37", parameter=34, **arguments
-    )
+    for offset in (34, 32 + size // 2):
+        match = rf"^{operation}: offset {offset} of .* not aligned to {size} bytes \(thread 37"
+        kernels.fails(name, match, parameter=offset, **arguments)
 
 
 def test_pointers_beside_shared_memory(kernels):

@@ -5,6 +5,7 @@ import stat
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -40,6 +41,13 @@ def test_report_of_ptxas_is_read():
     ]
 
 
+def test_functions_that_a_kernel_calls_count_as_its_own():
+    lines = REPORT.splitlines()
+    lines[4:4] = ["    8 bytes stack frame, 4 bytes spill stores, 2 bytes spill loads"]
+    (row, *_) = resources.parse_ptxas("\n".join(lines))
+    assert (row.stack, row.spill_stores, row.spill_loads) == (128, 124, 126)
+
+
 def test_table_is_read_as_it_is_written():
     rows = resources.add_dynamic_shared(
         resources.parse_ptxas(REPORT)[:2], {"forward bf16 d112": 61440, "forward fp16 d64": 36864}
@@ -48,6 +56,10 @@ def test_table_is_read_as_it_is_written():
     assert resources.read_table(text) == ("13.0.88", rows)
     assert len({len(line) for line in text.splitlines() if not line.startswith("#")}) == 1
     assert rows[1] == GOOD
+    shared = {"forward fp16 d64": 36864}
+    assert resources.add_dynamic_shared([replace(GOOD, shared=1024)], shared)[0].shared == 37888  # static and dynamic
+    kernels = [replace(GOOD, kernel=f"forward {name}") for name in ("bf16 d64", "bf16 d112", "fp16 d64")]
+    assert resources.in_order(kernels[::-1]) == kernels  # by numbers as numbers
 
 
 def compare(row: resources.Resources, version: str = "13.0.88") -> tuple[list[str], list[str]]:
@@ -173,6 +185,49 @@ def test_only_what_has_changed_is_compiled(stand_in, tmp_path, capsys):
     assert calls(stand_in) == ["link"]
 
 
+def test_another_compiler_torch_or_flag_compiles_again(stand_in, tmp_path, monkeypatch):
+    build_in(tmp_path)
+    assert calls(stand_in) == (everything := [*["forward.cu"] * 6, "link", "op.cpp"])
+    nvcc = stand_in / "bin" / "nvcc"
+    nvcc.write_text(nvcc.read_text().replace("13.0.88", "13.0.99"))
+    build_in(tmp_path)
+    assert calls(stand_in) == everything
+    monkeypatch.setattr(torch, "__version__", "2.99.0")
+    build_in(tmp_path)
+    assert calls(stand_in) == ["link", "op.cpp"]
+    monkeypatch.setattr(build, "COMPILE", (*build.COMPILE, "-lineinfo"))
+    build_in(tmp_path)
+    assert calls(stand_in) == everything
+    flags = build.link_flags(tmp_path)
+    monkeypatch.setattr(build, "link_flags", lambda folder: [*flags, "-s"])
+    build_in(tmp_path)
+    assert calls(stand_in) == ["link"]
+
+
+def test_a_lost_object_is_compiled_again(stand_in, tmp_path):
+    build_in(tmp_path)
+    calls(stand_in)
+    for lost in (tmp_path / "objects" / "op.o", tmp_path / "libsoft_mask_attention.so"):
+        lost.unlink()
+    build_in(tmp_path)
+    assert calls(stand_in) == ["link", "op.cpp"]
+
+
+def test_resources_are_recorded_of_a_library_that_is_up_to_date(stand_in, tmp_path, monkeypatch):
+    build_in(tmp_path)
+    updates = []
+    monkeypatch.setattr(build, "check_resources", lambda rows, nvcc, update: updates.append(update))
+    build.build(True, library=tmp_path / "libsoft_mask_attention.so", objects=tmp_path / "objects")
+    assert updates == [True]
+
+
+def test_warnings_are_shown(stand_in, tmp_path, capsys):
+    nvcc = stand_in / "bin" / "nvcc"
+    nvcc.write_text(nvcc.read_text() + "echo 'op.cpp(7): warning: declared and never used'\n")
+    build_in(tmp_path)
+    assert "op.cpp(7): warning: declared and never used" in capsys.readouterr().out
+
+
 def test_a_failing_build_leaves_the_library_that_was_there(stand_in, tmp_path, monkeypatch):
     build_in(tmp_path)
     file = tmp_path / "libsoft_mask_attention.so"
@@ -208,9 +263,37 @@ def test_spills_are_not_recorded(monkeypatch, tmp_path, capsys):
         build.check_resources([replace(GOOD, registers=250)], nvcc, update=False)
 
 
+def test_digests_tell_names_and_contents_apart(tmp_path):
+    found = set()
+    for number, files in enumerate(
+        ({"a": "xy", "b": ""}, {"a": "x", "b": "y"}, {"a": "xy", "c": ""}, {"ax": "y", "b": ""})
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for name, text in files.items():
+            (folder / name).write_text(text)
+        patterns = ("a*", "b*", "c*")
+        digests = {library.source_digest(folder, x) for x in (("*",), patterns, patterns[::-1], ("*", "a*"))}
+        assert len(digests) == 1
+        found |= digests
+    assert len(found) == 4
+
+
 def test_the_driver_is_asked_without_a_gpu():
     version = build.driver_version()
     assert version is None or float(version) > 8
+
+
+@pytest.mark.parametrize(
+    ("code", "number", "version"), [(0, 13010, "13.1"), (0, 12040, "12.4"), (0, 0, None), (999, 13000, None)]
+)
+def test_the_drivers_version_is_read(code, number, version, monkeypatch):
+    def ask(place):
+        place._obj.value = number
+        return code
+
+    monkeypatch.setattr(build.ctypes, "CDLL", lambda name: SimpleNamespace(cuDriverGetVersion=ask))
+    assert build.driver_version() == version
 
 
 def test_make_kernels_is_the_build():

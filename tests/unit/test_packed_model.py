@@ -6,6 +6,7 @@ Shapes: `t` packed tokens, `s` sequence, `b` texts of a padded batch, `n` query 
 import itertools
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from megatron_conan.config import RunConfig
 from megatron_conan.config.tree import SoftMaskConfig
 from megatron_conan.data.packing import PackedSequences, pack_sequences, pack_texts
 from megatron_conan.kernels.soft_mask_attention import AttentionCase
-from megatron_conan.model.attention import SoftMaskAttention, computes_packed
+from megatron_conan.model.attention import SoftMaskAttention, attention_case, check_attention, computes_packed
 from megatron_conan.model.mask import SoftMask
 
 HEADS, GROUPS, HEAD_DIM = 4, 2, 8
@@ -67,6 +68,36 @@ GPU = AttentionCase("cuda", torch.bfloat16, 112, "row", compute_capability=(9, 0
 )
 def test_packed_texts_are_computed_as_they_are_on_gpus_where_a_backend_can(name, case, packed):
     assert computes_packed(name, case) == packed
+
+
+def config(form: str, precision: str, backend: str = "auto") -> SimpleNamespace:
+    return SimpleNamespace(
+        soft_mask=SimpleNamespace(form=form),
+        train=SimpleNamespace(precision=precision),
+        model=SimpleNamespace(head_dim=112),
+        attention=SimpleNamespace(backend=backend),
+    )
+
+
+def test_the_case_that_a_config_says():
+    cpu = torch.device("cpu")
+    learned = AttentionCase("cpu", torch.bfloat16, 112, "constant", alpha_gradient=True)
+    assert attention_case(config("learned", "bf16"), cpu) == learned
+    assert attention_case(config("row", "fp32"), cpu) == AttentionCase("cpu", torch.float32, 112, "row")
+    with pytest.raises(
+        ValueError, match=r"^attention\.backend=kernel: attention backend kernel runs on CUDA, not on cpu"
+    ):
+        check_attention(config("row", "fp32", "kernel"), cpu)
+
+
+@pytest.mark.parametrize(("rank", "backend", "warnings"), [(0, "auto", 1), (1, "auto", 0), (0, "sdpa", 0)])
+def test_rank_0_says_once_that_the_kernel_is_not_used(rank, backend, warnings, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+    check_attention(config("row", "bf16", backend), torch.device("cuda"))
+    said = [record.message for record in caplog.records]
+    assert len(said) == warnings
+    assert all("goes without its fused kernel, which needs compute capability 8.0, this GPU has 7.5" in x for x in said)
 
 
 def draw(num_tokens: int) -> tuple[list[Tensor], Tensor]:

@@ -36,6 +36,7 @@ def test_padded_and_back(drawn, order, tail):
     assert packed.lengths.tolist() == lengths.tolist()
     assert packed.cu_seqlens.tolist() == [0, *itertools.accumulate(lengths.tolist())]
     assert packed.cu_seqlens.dtype == torch.int32
+    assert packed.max_length == max(drawn)
     assert packed.position.tolist() == [i for length in lengths for i in range(length)]
 
     text_of, padded_lines, start = np.repeat(np.arange(len(lengths)), lengths), [], 0

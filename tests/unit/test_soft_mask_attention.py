@@ -238,6 +238,20 @@ def test_learned_form_starts_nearly_causal_and_ends_bidirectional():
     assert torch.equal(alpha, torch.ones(HEADS))
 
 
+@pytest.mark.parametrize("backend", ["two_pass", "sdpa", "reference"])
+def test_learned_opening_and_scale_count_without_gradients_too(backend):
+    """At alpha = 0 on the host the mask would be causal, but theta opens it."""
+    inputs, closed = make_inputs(7, 2), attention(backend, "learned", 0.0, 2)
+    module = SoftMaskAttention(closed.config, 1, closed.soft_mask, backend, softmax_scale=0.7)
+    q, k, v = (x.float() for x in (inputs.q, inputs.k, inputs.v))
+    with torch.no_grad():
+        module.theta.copy_(torch.linspace(-2, 2, HEADS))
+        found = run(module, q, k, v, inputs.lengths)
+    expected = soft_mask_attention_reference(q, k, v, inputs.lengths, torch.sigmoid(module.theta), "constant", 0.7)
+    assert module.scale == 0.7
+    torch.testing.assert_close(found[inputs.inside], expected[inputs.inside].detach(), rtol=1e-5, atol=1e-6)
+
+
 def test_wrong_forms_are_refused():
     with pytest.raises(ValueError, match="known are row, column, constant"):
         soft_mask_weights("diagonal", torch.tensor(0.5), torch.tensor([3]), 3)  # type: ignore[arg-type]

@@ -95,6 +95,20 @@ def test_two_passes_are_the_definition_by_the_way_of_cuda(form, alpha, layout, m
 
 
 @pytest.mark.parametrize("cuda", [False, True])
+@pytest.mark.parametrize("form", ["row", "column", "constant"])
+def test_many_tokens_before_short_sequences_and_none_behind(form, cuda, monkeypatch):
+    """Places of tokens that belong to no sequence, and of the empty one at the end, must not lead out of the tensors."""
+    inputs = make_inputs("full", (8,))
+    q, k, v, grad = (x[0] for x in (*inputs.tensors, inputs.grad))  # [1, 9, n, d] -> [9, n, d]
+    sequences = {"cu_seqlens": torch.tensor([6, 9, 9], dtype=torch.int32), "max_length": 3}
+    inputs = Inputs(q, k, v, grad, sequences, torch.arange(9) >= 6)
+    wanted = expected(inputs, tensor(0.3), form)
+    if cuda:
+        emulate_varlen(monkeypatch)
+    assert_same(found(inputs, tensor(0.3), form), wanted)
+
+
+@pytest.mark.parametrize("cuda", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
 def test_one_call_does_at_the_ends(alpha, layout, cuda, monkeypatch):
@@ -316,6 +330,22 @@ def test_no_gradient_of_alpha_in_the_column_form():
         two_pass_backward(
             inputs.grad, *inputs.tensors, inputs.q, inputs.q[..., 0], alpha, "column", alpha_gradient=True
         )
+    with pytest.raises(ValueError, match=r"for form=row with known_alpha=0.5; use row or constant, None"):
+        two_pass_backward(
+            *(inputs.grad, *inputs.tensors, inputs.q, inputs.q[..., 0], alpha, "row"),
+            alpha_gradient=True,
+            known_alpha=0.5,
+        )
+
+
+def test_alpha_may_be_of_half_precision():
+    """alpha l / i is made in fp32, where lengths above 256 are exact; its gradient is in alpha's dtype."""
+    inputs = make_inputs("ragged", (301,), (2, 1)).to(torch.float32)
+    half = tensor(0.25, torch.bfloat16)
+    plain, rounded = (found(inputs, x, "row") for x in (half.float(), half))
+    for x, y in zip((*plain[:2], *plain[2][:3]), (*rounded[:2], *rounded[2][:3]), strict=True):
+        assert torch.equal(x, y)
+    assert torch.equal(rounded[2][3], plain[2][3].bfloat16())
 
 
 @pytest.mark.parametrize("cuda", [False, True])
