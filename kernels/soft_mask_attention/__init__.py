@@ -3,17 +3,19 @@
 from megatron_conan.kernels.soft_mask_attention.gateway import (
     AttentionCase,
     Backend,
+    BackendName,
     case_of,
     choose_backend,
     is_supported,
     soft_mask_attention,
 )
-from megatron_conan.kernels.soft_mask_attention.reference import reference, soft_mask_attention_reference
+from megatron_conan.kernels.soft_mask_attention.reference import reference
 from megatron_conan.kernels.soft_mask_attention.semantics import Form, check_inputs, soft_mask_weights
 
 __all__ = [
     "AttentionCase",
     "Backend",
+    "BackendName",
     "Form",
     "case_of",
     "check_inputs",
@@ -21,6 +23,5 @@ __all__ = [
     "is_supported",
     "reference",
     "soft_mask_attention",
-    "soft_mask_attention_reference",
     "soft_mask_weights",
 ]

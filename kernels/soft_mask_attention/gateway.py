@@ -18,12 +18,16 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from megatron_conan.kernels.soft_mask_attention import op
 from megatron_conan.kernels.soft_mask_attention.reference import reference
 from megatron_conan.kernels.soft_mask_attention.sdpa import sdpa
 from megatron_conan.kernels.soft_mask_attention.semantics import Form, check_inputs, check_sequence_values
+from megatron_conan.kernels.soft_mask_attention.stock_flash import is_aligned
 from megatron_conan.kernels.soft_mask_attention.two_pass import two_pass
 
 Backend = Literal["kernel", "two_pass", "sdpa", "reference"]
+BackendName = Backend | Literal["auto"]
+"""What one may ask for; `auto` is the fastest backend that takes the case."""
 
 HALF = (torch.bfloat16, torch.float16)
 KERNEL_HEAD_DIMS = (64, 112, 128)
@@ -84,7 +88,7 @@ def case_of(
         packed=cu_seqlens is not None,
         lengths=lengths is not None,
         compute_capability=capability,
-        aligned=all(_aligned(x) for x in (q, k, v)),
+        aligned=all(is_aligned(x) for x in (q, k, v)),
         known_alpha=None if alpha.requires_grad else known_alpha,
         length=q.shape[-3] if q.dim() == 4 else 0,
     )
@@ -106,7 +110,7 @@ def is_supported(backend: Backend, case: AttentionCase) -> tuple[bool, str]:
     return not reason, reason
 
 
-def choose_backend(name: Backend | Literal["auto"], case: AttentionCase) -> Backend:
+def choose_backend(name: BackendName, case: AttentionCase) -> Backend:
     """The backend that `name` stands for; `auto` is the fastest one that takes the case.
 
     Raises:
@@ -133,7 +137,7 @@ def soft_mask_attention(
     cu_seqlens: Tensor | None = None,
     max_length: int | None = None,
     scale: float | None = None,
-    backend: Backend | Literal["auto"] = "auto",
+    backend: BackendName = "auto",
     known_alpha: float | None = None,
     zero_padding: bool = True,
 ) -> Tensor:
@@ -170,8 +174,6 @@ def soft_mask_attention(
         return reference(q, k, v, alpha, form, lengths=lengths, cu_seqlens=cu_seqlens, scale=scale)[0]
     sequences = {"lengths": lengths, "cu_seqlens": cu_seqlens, "max_length": max_length, "scale": scale}
     if chosen == "kernel":
-        from megatron_conan.kernels.soft_mask_attention import op
-
         return op.soft_mask_attention(q, k, v, alpha, form, **sequences)
     if chosen == "two_pass":
         return two_pass(q, k, v, alpha, form, **sequences, known_alpha=known_alpha)
@@ -211,10 +213,6 @@ def _against_kernel(case: AttentionCase) -> str:
         return (
             "needs a contiguous head dim and rows aligned to 16 bytes; make q, k, v contiguous or use backend=two_pass"
         )
-    try:
-        from megatron_conan.kernels.soft_mask_attention import op
-    except ImportError as error:
-        return f"can't be imported ({error}); use backend=two_pass"
     missing = op.library_error()
     return f"is not there: {missing}; or use backend=two_pass" if missing else ""
 
@@ -239,12 +237,6 @@ def _against_two_pass(case: AttentionCase) -> str:
 
 def _against_sdpa(case: AttentionCase) -> str:
     return "takes padded sequences only; use backend=two_pass, or pad them" if case.packed else ""
-
-
-def _aligned(x: Tensor) -> bool:
-    """Contiguous head dim; other strides, and the start within its (aligned) storage, multiples of 16 bytes."""
-    elements = 16 // x.dtype.itemsize
-    return x.stride(-1) == 1 and all(step % elements == 0 for step in (*x.stride()[:-1], x.storage_offset()))
 
 
 def _readable(x: Tensor | None) -> bool:

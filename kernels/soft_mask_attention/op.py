@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_conan.kernels.soft_mask_attention.library import library_error
-from megatron_conan.kernels.soft_mask_attention.semantics import Form, check_inputs, check_sequence_values
+from megatron_conan.kernels.soft_mask_attention.semantics import Form, check_inputs, check_sequence_values, wide_dtype
 from megatron_conan.kernels.soft_mask_attention.two_pass import two_pass_backward, two_pass_forward
 
 FORWARD = "megatron_conan::soft_mask_attention"
@@ -88,7 +88,7 @@ def soft_mask_attention_with_lse(
         Output as q; lse [b, n, s] or [n, t] in fp32 (fp64 for fp64 input), which carries no gradient.
     """
     check_inputs(q, k, v, alpha, form, lengths=lengths, cu_seqlens=cu_seqlens, max_length=max_length, scale=scale)
-    if form == "column" and alpha.requires_grad:
+    if form == "column" and alpha.requires_grad and torch.is_grad_enabled():
         raise ValueError("alpha takes no gradient with form=column; use form=row or constant, or alpha.detach()")
     if q.is_cuda and (error := library_error()) is not None:
         raise RuntimeError(f"the soft-mask kernel isn't there: {error}")
@@ -96,7 +96,7 @@ def soft_mask_attention_with_lse(
         q,
         k,
         v,
-        alpha.to(_wide(q)),
+        alpha.to(wide_dtype(q)),
         None if lengths is None else lengths.to(torch.int32),
         cu_seqlens,
         0 if max_length is None else max_length,
@@ -150,7 +150,7 @@ def _backward(
 @torch.library.register_fake(FORWARD)
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     lse = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
-    return q.new_empty(q.shape), q.new_empty(lse, dtype=_wide(q))
+    return q.new_empty(q.shape), q.new_empty(lse, dtype=wide_dtype(q))
 
 
 @torch.library.register_fake(BACKWARD)
@@ -168,10 +168,6 @@ def _settings(lengths: Tensor | None, cu_seqlens: Tensor | None, max_length: int
         "cu_seqlens": cu_seqlens,
         "max_length": None if cu_seqlens is None else max_length,
     }
-
-
-def _wide(q: Tensor) -> torch.dtype:
-    return torch.promote_types(q.dtype, torch.float32)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

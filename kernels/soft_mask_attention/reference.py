@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from megatron_conan.kernels.soft_mask_attention.semantics import Form, soft_mask_weights
+from megatron_conan.kernels.soft_mask_attention.semantics import Form, soft_mask_weights, wide_dtype
 
 
 def reference(
@@ -47,7 +47,7 @@ def reference(
         return _padded(q, k, v, alpha, form, lengths, scale)
     bounds = cu_seqlens.tolist()
     t, n, d = q.shape
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = wide_dtype(q)
     outputs, lses = [q.new_zeros(bounds[0], n, d)], [q.new_full((n, bounds[0]), -math.inf, dtype=wide)]
     for start, end in pairwise(bounds):
         one_q, one_k, one_v = (x[start:end].unsqueeze(0) for x in (q, k, v))  # [t, n, d] -> [1, s, n, d]
@@ -59,25 +59,12 @@ def reference(
     return torch.cat(outputs), torch.cat(lses, dim=1)
 
 
-def soft_mask_attention_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: Tensor,
-    alpha: Tensor,
-    form: Form,
-    scale: float | None = None,
-) -> Tensor:
-    """Output [b, s, n, d] of `reference` for padded sequences."""
-    return reference(q, k, v, alpha, form, lengths=lengths, scale=scale)[0]
-
-
 def _padded(
     q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, form: Form, lengths: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """[b, s, n, d] -> [b, s, n, d] and [b, n, s]."""
     b, s, n, _ = q.shape
-    dtype, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
+    dtype, wide = q.dtype, wide_dtype(q)
     if lengths is None:
         lengths = torch.full((b,), s, dtype=torch.int64, device=q.device)
     inside = torch.arange(s, device=q.device) < lengths[:, None]  # [b, s]

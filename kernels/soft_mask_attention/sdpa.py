@@ -5,10 +5,15 @@ Shapes: see `semantics`.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_conan.kernels.soft_mask_attention.semantics import Form, soft_mask_weights
+
+STABLE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def sdpa(
@@ -68,9 +73,12 @@ def sdpa(
     if grouped and bias is not None and q.is_cuda:  # the memory-efficient kernel takes a bias, but no groups
         k, v = (x.repeat_interleave(n // k.shape[1], dim=1) for x in (k, v))
         grouped = False
-    output = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=bias, is_causal=known_alpha == 0.0, scale=scale, enable_gqa=grouped
-    )
+    # with a mask cuDNN's backward gives NaN at some lengths: pytorch/pytorch#196678
+    without_cudnn = sdpa_kernel(STABLE) if bias is not None and q.is_cuda else nullcontext()
+    with without_cudnn:
+        output = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=bias, is_causal=known_alpha == 0.0, scale=scale, enable_gqa=grouped
+        )
     output = output.transpose(1, 2)  # [b, n, s, d] -> [b, s, n, d]
     if lengths is None or not zero_padding:
         return output

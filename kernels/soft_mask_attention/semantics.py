@@ -40,6 +40,11 @@ from torch import Tensor
 Form = Literal["constant", "row", "column"]
 
 
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """What sums are made in: fp32, or fp64 for fp64 input."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def soft_mask_weights(form: Form, alpha: Tensor, lengths: Tensor, size: int) -> Tensor:
     """The mask m.
 
@@ -56,7 +61,7 @@ def soft_mask_weights(form: Form, alpha: Tensor, lengths: Tensor, size: int) -> 
         ValueError: for an unknown form, or alpha per head in a form other than constant.
     """
     _check_form(form, alpha)
-    alpha = alpha.to(torch.promote_types(alpha.dtype, torch.float32))
+    alpha = alpha.to(wide_dtype(alpha))
     position = torch.arange(1, size + 1, device=alpha.device, dtype=alpha.dtype)
     row, column = position[:, None], position[None, :]
     length = lengths.to(alpha)[:, None, None]  # [b, 1, 1]

@@ -25,6 +25,16 @@ def by_boundaries(q: Tensor) -> bool:
     return q.is_cuda
 
 
+def is_aligned(x: Tensor) -> bool:
+    """What CUDA kernels that read 16 bytes at a time need: a contiguous head dim, other strides and the start multiples of 16
+    bytes. (Storages are aligned, so the start is by its offset; torch.compile can't see that, and its tensors begin at 0.)
+    """
+    elements = 16 // x.dtype.itemsize
+    start = 0 if torch.compiler.is_compiling() else x.storage_offset()
+    steps = [step for step, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
+    return x.stride(-1) == 1 and all(step % elements == 0 for step in (*steps, start))
+
+
 class Sequences(NamedTuple):
     """Where tokens stand in their sequences, and which token each row of a stock call reads (None: row r reads token r).
 
@@ -167,7 +177,9 @@ def flash_forward(
     b, s = sequences.grid
     if by_boundaries(q):
         cu = sequences.cu_seqlens
-        out, lse, *_ = _aten._flash_attention_forward(q, k, v, cu, cu, s, s, 0.0, causal, False, scale=scale)
+        # a bound of 1 with groups makes torch swap heads and rows, and fail: Dao-AILab/flash-attention#1537
+        bound = max(s, 2)
+        out, lse, *_ = _aten._flash_attention_forward(q, k, v, cu, cu, bound, bound, 0.0, causal, False, scale=scale)
         return out, lse.t()  # [n, t] -> [t, n]
     q, k, v = (x.unflatten(0, (b, s)).transpose(1, 2) for x in (q, k, v))  # [r, n, d] -> [b, n, s, d]
     out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(

@@ -28,13 +28,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_conan.kernels.soft_mask_attention.semantics import Form
+from megatron_conan.kernels.soft_mask_attention.semantics import Form, wide_dtype
 from megatron_conan.kernels.soft_mask_attention.stock_flash import (
     Sequences,
     by_boundaries,
     flash_backward,
     flash_forward,
     gather,
+    is_aligned,
     packed_sequences,
     padded_sequences,
 )
@@ -149,7 +150,7 @@ def two_pass_forward(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if q.numel() == 0:  # the stock CPU kernel divides by the number of tokens
-        return torch.zeros_like(q), _lse_as(q, q.new_zeros(math.prod(q.shape[:-2]), q.shape[-2], dtype=_wide(q)))
+        return torch.zeros_like(q), _lse_as(q, q.new_zeros(math.prod(q.shape[:-2]), q.shape[-2], dtype=wide_dtype(q)))
     sequences = _sequences(q, lengths, cu_seqlens, max_length)
     q_tokens, k_tokens, v_tokens = _tokens(q, k, v)
     rows = [gather(x, sequences.lower) for x in (q_tokens, k_tokens, v_tokens)]
@@ -317,7 +318,7 @@ def _with_key_weights(
     """q [t, n, d], k, v [t, g, d] with dims that add log min(l / j, 1 / alpha) to the scores: the column form's weights."""
     if form != "column":
         return q, k, v
-    wide = _wide(q)
+    wide = wide_dtype(q)
     ratio = sequences.length.to(wide) / (sequences.position + 1).to(wide)  # [t], l / j
     bias = torch.minimum(torch.log(ratio), -torch.log(alpha.to(wide)))
     # a power of two near 1 / scale, within fp16's range, goes to the query's side: no half-precision value overflows
@@ -342,9 +343,10 @@ def _sequences(q: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None, max
 
 
 def _tokens(*tensors: Tensor) -> list[Tensor]:
-    """[b, s, n, d] or [t, n, d] -> [t, n, d], heads contiguous."""
+    """[b, s, n, d] or [t, n, d] -> [t, n, d], laid out as the stock kernel reads it; copied where that takes it."""
     flat = [x.flatten(0, 1) if x.dim() == 4 else x for x in tensors]
-    return [x if x.stride(-1) == 1 else x.contiguous() for x in flat]
+    readable = is_aligned if by_boundaries(tensors[0]) else (lambda x: x.stride(-1) == 1)
+    return [x if readable(x) else x.clone(memory_format=torch.contiguous_format) for x in flat]
 
 
 def _lse_as(q: Tensor, lse: Tensor) -> Tensor:
@@ -354,9 +356,4 @@ def _lse_as(q: Tensor, lse: Tensor) -> Tensor:
 
 def _lse_of_tokens(q: Tensor, lse: Tensor) -> Tensor:
     """[b, n, s] or [n, t] -> [t, n]."""
-    return (lse.t() if q.dim() == 3 else lse.transpose(1, 2).flatten(0, 1)).to(_wide(q))
-
-
-def _wide(q: Tensor) -> torch.dtype:
-    """What sums are made in: fp32, or fp64 for fp64."""
-    return torch.promote_types(q.dtype, torch.float32)
+    return (lse.t() if q.dim() == 3 else lse.transpose(1, 2).flatten(0, 1)).to(wide_dtype(q))

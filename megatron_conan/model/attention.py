@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from megatron.core.transformer.module import MegatronModule
@@ -20,6 +20,7 @@ from megatron_conan.data.packing import PackedSequences
 from megatron_conan.kernels.soft_mask_attention import (
     AttentionCase,
     Backend,
+    BackendName,
     Form,
     case_of,
     choose_backend,
@@ -63,7 +64,7 @@ def check_attention(config: RunConfig, device: torch.device) -> None:
         logger.warning("soft-mask attention goes without its fused kernel, which %s", reason)
 
 
-def computes_packed(name: Backend | Literal["auto"], case: AttentionCase) -> bool:
+def computes_packed(name: BackendName, case: AttentionCase) -> bool:
     """Whether packed texts are computed as they are. Else they go in padded groups, which is cheaper on a CPU."""
     packed = replace(case, packed=True)
     backends: tuple[Backend, ...] = ("kernel", "two_pass")
@@ -83,7 +84,7 @@ class SoftMaskAttention(MegatronModule):
         config: TransformerConfig,
         layer_number: int,
         soft_mask: SoftMask,
-        backend: Backend | Literal["auto"],
+        backend: BackendName,
         softmax_scale: float | None = None,
         **_: Any,
     ) -> None:

@@ -349,6 +349,30 @@ def test_backends_agree(device, form):
         assert (found - want).norm() <= 0.01 * want.norm(), backend
 
 
+def test_unaligned_views_go_another_way(device):
+    """`auto` leaves them to two_pass, which copies them."""
+    q, k, v = (normal(device, BF16, 2, 70, n, 65)[..., 1:] for n in (4, 2, 2))
+    alpha, lengths = torch.tensor(0.3, device=device), torch.tensor([70, 33], device=device)
+    want = soft_mask_attention(q, k, v, alpha, lengths=lengths, backend="reference").float()
+    found = soft_mask_attention(q, k, v, alpha, lengths=lengths).float()
+    assert (found - want).norm() <= 0.01 * want.norm()
+
+
+@pytest.mark.parametrize("max_length", [1, 2])
+def test_sequences_of_one_token(device, max_length):
+    """torch's flash attention takes them for decoding, and fails with groups, if it isn't kept from it."""
+    q, k, v = (normal(device, BF16, 8, n, 64).requires_grad_() for n in (4, 2, 2))
+    sequences = {"cu_seqlens": torch.tensor([0, 1, 2], dtype=torch.int32, device=device), "max_length": max_length}
+    want = torch.cat([v[:2].repeat_interleave(2, dim=1), v.new_zeros(6, 4, 64)])
+    for attend in (two_pass, operator):
+        out = attend(q, k, v, torch.tensor(0.3, device=device), "row", **sequences)
+        assert torch.equal(out, want)
+        dq, dk, dv = torch.autograd.grad(out.sum(), (q, k, v))
+        for x in (dq, dk):
+            torch.testing.assert_close(x, torch.zeros_like(x), rtol=0, atol=1e-3)
+        assert torch.equal(dv[:2], torch.full_like(dv[:2], 2.0))
+
+
 # ---- for compute-sanitizer
 
 

@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_conan.kernels import soft_mask_attention as package
 from megatron_conan.kernels.soft_mask_attention import (
     AttentionCase,
     case_of,
     check_inputs,
     choose_backend,
+    gateway,
     is_supported,
     reference,
     soft_mask_attention,
@@ -216,8 +216,7 @@ def kernel(monkeypatch):
         return tensors[0]
 
     stub.soft_mask_attention = attend
-    monkeypatch.setitem(sys.modules, f"{package.__name__}.op", stub)
-    monkeypatch.setattr(package, "op", stub, raising=False)
+    monkeypatch.setattr(gateway, "op", stub)
     return stub
 
 
@@ -321,7 +320,7 @@ def test_the_case_of_a_call():
 
 
 def test_the_kernel_is_called_with_what_the_caller_gave(kernel, monkeypatch):
-    monkeypatch.setattr(package.gateway, "choose_backend", lambda name, case: "kernel")
+    monkeypatch.setattr(gateway, "choose_backend", lambda name, case: "kernel")
     given = packed(scale=0.25)
     soft_mask_attention(**given)
     ((tensors, options),) = kernel.calls
@@ -372,6 +371,21 @@ def test_no_value_is_read_where_reading_costs(monkeypatch):
             )
         )
     assert out.shape == (6, 4, 8)
+
+
+@pytest.mark.parametrize("backend", ["auto", "two_pass", "sdpa", "reference"])
+@pytest.mark.parametrize("form", ["row", "constant"])
+def test_the_door_can_be_compiled(backend, form):
+    torch._dynamo.reset()
+    compiled = torch.compile(soft_mask_attention, fullgraph=True, backend="aot_eager")
+    q, k = torch.randn(2, 5, 4, 8), torch.randn(2, 5, 2, 8)
+    for alpha in (0.0, 0.5, 1.0):
+        arguments = {"lengths": torch.tensor([5, 3]), "backend": backend}
+        leaves = [x.clone().requires_grad_() for x in (q, k, k)]
+        found, wanted = (f(*leaves, torch.tensor(alpha), form, **arguments) for f in (compiled, soft_mask_attention))
+        torch.testing.assert_close(found, wanted)
+        for x, y in zip(*(torch.autograd.grad(out.sum(), leaves) for out in (found, wanted)), strict=True):
+            torch.testing.assert_close(x, y)
 
 
 def test_import_is_cheap():

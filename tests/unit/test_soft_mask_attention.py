@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_conan.config.tree import SoftMaskConfig
-from megatron_conan.kernels.soft_mask_attention import soft_mask_attention_reference, soft_mask_weights
+from megatron_conan.kernels.soft_mask_attention import reference, soft_mask_weights
 from megatron_conan.model.attention import LEARNED_THETA_START, SoftMaskAttention, effective_alpha
 from megatron_conan.model.mask import SoftMask
 
@@ -121,10 +121,10 @@ def test_half_open_mask_is_its_definition_in_value_and_gradient(size, form, alph
     expected = by_definition(*exact, inputs.lengths, opening, kernel_form)
     expected_gradients = gradients(expected, inputs, [*exact, theta] if form == "learned" else exact)
 
-    reference = inputs.leaves(torch.float64)
-    found = soft_mask_attention_reference(*reference, inputs.lengths, opening.detach(), kernel_form)
+    leaves = inputs.leaves(torch.float64)
+    found, _ = reference(*leaves, opening.detach(), kernel_form, lengths=inputs.lengths)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    for a, b in zip(gradients(found, inputs, reference), expected_gradients, strict=False):
+    for a, b in zip(gradients(found, inputs, leaves), expected_gradients, strict=False):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
     if form == "per_head":
         return  # an alpha a head is what the learned form makes; no module takes it as such
@@ -201,9 +201,7 @@ def test_reference_passes_gradcheck(form):
     leaves = tuple(x.requires_grad_() for x in (q, k, v, alpha))
     kernel_form = "constant" if form == "per_head" else form
     lengths = torch.tensor([5, 3])
-    assert torch.autograd.gradcheck(
-        lambda q, k, v, a: soft_mask_attention_reference(q, k, v, lengths, a, kernel_form), leaves
-    )
+    assert torch.autograd.gradcheck(lambda q, k, v, a: reference(q, k, v, a, kernel_form, lengths=lengths)[0], leaves)
 
 
 def test_weights_as_the_paper_prints_them():
@@ -247,7 +245,7 @@ def test_learned_opening_and_scale_count_without_gradients_too(backend):
     with torch.no_grad():
         module.theta.copy_(torch.linspace(-2, 2, HEADS))
         found = run(module, q, k, v, inputs.lengths)
-    expected = soft_mask_attention_reference(q, k, v, inputs.lengths, torch.sigmoid(module.theta), "constant", 0.7)
+    expected = reference(q, k, v, torch.sigmoid(module.theta), "constant", lengths=inputs.lengths, scale=0.7)[0]
     assert module.scale == 0.7
     torch.testing.assert_close(found[inputs.inside], expected[inputs.inside].detach(), rtol=1e-5, atol=1e-6)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_conan.kernels.soft_mask_attention.emulate.build import KERNEL, load_library
 from megatron_conan.kernels.soft_mask_attention.emulate.counters import Counters, LaunchCounters
-from megatron_conan.kernels.soft_mask_attention.reference import Form
+from megatron_conan.kernels.soft_mask_attention.semantics import Form
 
 Order = Literal["ascending", "descending", "random"]
 
