@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Distribution, setup
 
 HERE = Path(__file__).parent
 PACKAGES = [
@@ -13,11 +13,21 @@ KERNELS = [
     ".".join(("megatron_conan", *p.parent.relative_to(HERE).parts))
     for p in sorted((HERE / "kernels").rglob("__init__.py"))
 ]
+LIBRARY = "libsoft_mask_attention"
 KERNEL_FILES = {
-    "megatron_conan.kernels.soft_mask_attention": ["csrc/*", "resources.txt", "libsoft_mask_attention.*"],
+    "megatron_conan.kernels.soft_mask_attention": ["csrc/*", "resources.txt", f"{LIBRARY}.so", f"{LIBRARY}.json"],
     "megatron_conan.kernels.soft_mask_attention.emulate": ["*.h", "*.cpp"],
 }
 """Sources, and the library where it is built: `make kernels`."""
+BUILT = (HERE / "kernels" / "soft_mask_attention" / f"{LIBRARY}.so").exists()
+
+
+class BuiltDistribution(Distribution):
+    """A wheel with the compiled library is of one platform."""
+
+    def has_ext_modules(self) -> bool:
+        return BUILT
+
 
 setup(
     name="megatron_conan",
@@ -29,6 +39,7 @@ setup(
     packages=PACKAGES + KERNELS,
     package_dir={"megatron_conan.kernels": "kernels"},
     package_data=KERNEL_FILES,
+    distclass=BuiltDistribution,
     install_requires=[
         "torch>=2.11",
         "megatron-core==0.16.1",

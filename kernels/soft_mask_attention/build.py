@@ -28,9 +28,11 @@ from megatron_conan.kernels.soft_mask_attention.library import (
     LIBRARY,
     SOURCES,
     digest,
+    read_json,
     read_stamp,
     source_digest,
     stamp_file,
+    write_json,
 )
 
 CHECKOUT = HERE.parents[1]
@@ -117,7 +119,7 @@ def compiler() -> Compiler:
         )
     said = subprocess.run([str(path), "--version"], capture_output=True, text=True, check=False)
     version = re.search(r"release \d+\.\d+, V(\d+\.\d+\.\d+)", said.stdout)
-    if said.returncode or not version:
+    if not version:
         raise BuildError(f"{path} --version fails: {(said.stderr or said.stdout).strip()}")
     return Compiler(path, version[1])
 
@@ -175,10 +177,9 @@ def compile_unit(unit: Unit, nvcc: Compiler, objects: Path) -> tuple[Compiled, b
     note = path.with_suffix(".json")
     versions = (nvcc.version, torch.__version__ if unit.name == "op" else "")
     key = digest(source_digest(SOURCES, unit.sources), *unit.flags, *versions)
-    if path.exists() and note.exists():
-        noted = json.loads(note.read_text())
-        if noted["key"] == key:
-            return Compiled(path, noted["output"]), False
+    noted = read_json(note)
+    if path.exists() and noted.get("key") == key:
+        return Compiled(path, noted["output"]), False
     note.unlink(missing_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.o")
     try:
@@ -188,7 +189,7 @@ def compile_unit(unit: Unit, nvcc: Compiler, objects: Path) -> tuple[Compiled, b
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    note.write_text(json.dumps({"key": key, "output": output}))
+    write_json(note, {"key": key, "output": output})
     return Compiled(path, output), True
 
 
@@ -286,7 +287,7 @@ def build(update_resources: bool = False, library: Path = LIBRARY, objects: Path
         temporary.replace(library)
     finally:
         temporary.unlink(missing_ok=True)
-    stamp_file(library).write_text(json.dumps(wanted, indent=1) + "\n")
+    write_json(stamp_file(library), wanted)
     print(f"{library.name}: {library.stat().st_size / 2**20:.1f} MiB in {time.monotonic() - start:.0f} s")
 
 
@@ -300,7 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         build(options.update_resources)
-    except BuildError as error:
+    except (BuildError, OSError) as error:  # OSError: a full disk, a checkout that can't be written
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

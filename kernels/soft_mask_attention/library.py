@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,8 +38,23 @@ def stamp_file(library: Path) -> Path:
 
 def read_stamp(library: Path) -> dict[str, str]:
     """Digests and versions as `build` wrote them; {} for a library that isn't there or wasn't built by it."""
-    file = stamp_file(library)
-    return json.loads(file.read_text()) if library.exists() and file.exists() else {}
+    return read_json(stamp_file(library)) if library.exists() else {}
+
+
+def read_json(file: Path) -> dict[str, str]:
+    """What `write_json` wrote; {} where nothing is, or something broken."""
+    try:
+        found = json.loads(file.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def write_json(file: Path, content: dict[str, str]) -> None:
+    """All of it or nothing: a build may be interrupted."""
+    temporary = file.with_suffix(f".{os.getpid()}.json")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.replace(file)
 
 
 def load(library: Path, sources: Path) -> str | None:

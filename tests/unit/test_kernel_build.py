@@ -213,6 +213,28 @@ def test_a_lost_object_is_compiled_again(stand_in, tmp_path):
     assert calls(stand_in) == ["link", "op.cpp"]
 
 
+@pytest.mark.parametrize("text", ["", '{"key": "a8', "[]"])
+def test_notes_that_an_interrupted_build_left_are_not_believed(text, stand_in, tmp_path):
+    build_in(tmp_path)
+    calls(stand_in)
+    for note in (tmp_path / "objects" / "op.json", tmp_path / "libsoft_mask_attention.json"):
+        note.write_text(text)
+    assert library.read_stamp(tmp_path / "libsoft_mask_attention.so") == {}
+    build_in(tmp_path)
+    assert calls(stand_in) == ["link", "op.cpp"]
+    assert library.read_stamp(tmp_path / "libsoft_mask_attention.so")["nvcc"] == "13.0.88"
+    assert not [path for path in tmp_path.rglob("*") if f".{os.getpid()}." in path.name]
+
+
+def test_where_nothing_can_be_written_one_line_says_so(stand_in, tmp_path, monkeypatch, capsys):
+    objects = tmp_path / "objects"
+    objects.write_text("a file in the way")
+    monkeypatch.setattr(build.build, "__defaults__", (False, tmp_path / "libsoft_mask_attention.so", objects))
+    assert build.main([]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"error: [Errno 17] File exists: '{objects}'"
+
+
 def test_resources_are_recorded_of_a_library_that_is_up_to_date(stand_in, tmp_path, monkeypatch):
     build_in(tmp_path)
     updates = []
