@@ -92,7 +92,7 @@ def test_heads_share_keys(generator, num_heads, num_groups):
 @pytest.mark.parametrize("form", FORMS)
 def test_large_scores(generator, dtype, head_dim, form):
     q, k, v = (30 * normal(generator, dtype, 1, 200, n, head_dim) for n in (2, 1, 1))
-    for alpha in (0.0, 1e-30, 1e-4, 0.5):
+    for alpha in (0.0, 1e-42, 1e-30, 1e-4, 0.5):
         check_padded(q, k, v, torch.tensor(alpha), form)
 
 

@@ -365,7 +365,8 @@ int launch_forward_instance(const ForwardParams& params, void* stream) {
   p.q_step = Tile::rows_a_copy * p.q_strides.row;
   p.k_step = Tile::rows_a_copy * p.k_strides.row, p.v_step = Tile::rows_a_copy * p.v_strides.row;
   p.k_tile = Tile::keys * p.k_strides.row, p.v_tile = Tile::keys * p.v_strides.row;
-  p.tiles = p.max_length > Tile::rows ? (p.max_length + Tile::rows - 1) / Tile::rows : 1;
+  const int64_t longest = p.max_length < p.num_rows ? p.max_length : p.num_rows;  // 64 bits: rounding up must not overflow
+  p.tiles = longest > Tile::rows ? static_cast<int>((longest + Tile::rows - 1) / Tile::rows) : 1;
   const int sequences = p.num_sequences + (p.cu_seqlens != nullptr ? 2 : 0);  // and what follows the last, precedes the first
   const int64_t blocks = static_cast<int64_t>(p.tiles) * p.num_heads * sequences;
   if (blocks == 0) return 0;
