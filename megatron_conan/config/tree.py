@@ -8,16 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-Positive = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
-class Section(BaseModel):
-    """A section of the tree: unknown keys are refused, docstrings under fields are their descriptions."""
-
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True, protected_namespaces=())
+from megatron_conan.config.operation import CheckpointConfig, ProfileConfig, WatchdogConfig
+from megatron_conan.config.section import Fraction, Positive, Section
 
 
 class ModelConfig(Section):
@@ -114,6 +108,12 @@ class TrainConfig(Section):
     """Compute precision; bf16 keeps fp32 master weights."""
     log_every: Positive = 1
     """Steps between lines of metrics.jsonl."""
+    max_skipped_steps: Annotated[int, Field(ge=0)] = 10
+    """Steps in a row whose loss or gradient is not finite: they are skipped and counted, and one more ends the run."""
+    dry_run: bool | None = None
+    """Run the largest batch there can be before step 1, so that too little memory shows there; null: on GPUs."""
+    peak_tflops: Annotated[float, Field(gt=0)] | None = None
+    """The chip's dense peak in bf16, for `mfu`; null: known for common GPUs, and no `mfu` on others."""
 
 
 class OptimizerConfig(Section):
@@ -303,17 +303,6 @@ class EvaluationConfig(Section):
     """Padded tokens of one encoding batch."""
 
 
-class CheckpointConfig(Section):
-    """What is kept, and where a stage starts from."""
-
-    every: Positive | None = None
-    """Steps between checkpoints; the last step is always saved."""
-    keep_last: Positive = 2
-    """Checkpoints kept."""
-    init_from: Path | None = None
-    """Run (or checkpoint) folder whose weights this stage starts from; random weights if not given."""
-
-
 class RunConfig(Section):
     """One training run."""
 
@@ -350,6 +339,10 @@ class RunConfig(Section):
     """Held-out retrieval evaluation at the end of the run; off if absent."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Checkpoints."""
+    watchdog: WatchdogConfig = WatchdogConfig()
+    """What happens when nothing happens."""
+    profile: ProfileConfig | None = None
+    """A profiler window; off if absent."""
 
     @property
     def is_contrastive(self) -> bool:

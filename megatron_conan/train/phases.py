@@ -1,0 +1,46 @@
+"""What a rank is doing, and how long it takes."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Phases:
+    """The phase of the step that this rank is in, for the watchdog, and the seconds of all phases, for the metrics.
+
+    Phases may lie within each other; an outer one doesn't count the seconds of an inner one.
+    """
+
+    step: int = 0
+    """The step that is being made, from 1; 0 before the first."""
+    phase: str = "start"
+    """Such as data, forward_backward, optimizer, mining, evaluation, checkpoint."""
+    since: float = field(default_factory=time.monotonic)
+    """time.monotonic() at which the phase was entered, or gone back to."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Phase -> seconds since `take`."""
+
+    @contextlib.contextmanager
+    def within(self, phase: str) -> Iterator[None]:
+        """The body is this phase."""
+        outer = self.phase
+        self._go(phase)
+        try:
+            yield
+        finally:
+            self._go(outer)
+
+    def take(self) -> dict[str, float]:
+        """Seconds of all phases since this was asked last, up to now."""
+        self._go(self.phase)
+        taken, self.seconds = self.seconds, {}
+        return taken
+
+    def _go(self, phase: str) -> None:
+        now = time.monotonic()
+        self.seconds[self.phase] = self.seconds.get(self.phase, 0.0) + now - self.since
+        self.phase, self.since = phase, now
