@@ -21,7 +21,8 @@ from megatron_conan.mining.encode import encode_texts
 from megatron_conan.model.conan import ConanModel, build_model
 from megatron_conan.model.mask import SoftMask
 from megatron_conan.parallel.context import ParallelContext, build_context, initialize_distributed
-from megatron_conan.train.checkpoint import find_checkpoint, load_weights, read_state
+from megatron_conan.train.checkpoint import load_weights
+from megatron_conan.train.checkpoint_files import find_checkpoint, read_state
 from megatron_conan.train.run_folder import read_config
 
 ENCODE_TOKENS = 16384

@@ -24,7 +24,8 @@ from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, Distribut
 from megatron_conan.config import RunConfig
 from megatron_conan.model.conan import ConanModel
 from megatron_conan.parallel.context import ParallelContext
-from megatron_conan.train.run_folder import latest_checkpoint, write_atomically
+from megatron_conan.train.checkpoint_files import find_checkpoint, latest_checkpoint, read_state
+from megatron_conan.train.run_folder import write_atomically
 
 OPTIMIZER_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 
@@ -120,28 +121,6 @@ def load_weights(folder: Path, chunks: list[ConanModel]) -> None:
             del state[name]
     loaded = dist_checkpointing.load(sharded, str(folder))
     _load_model_state(loaded, chunks)
-
-
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint folder that `checkpoint.init_from` names: a run folder (its latest) or a step_* folder itself.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    if (path / "conan.json").exists():
-        return path
-    folder = latest_checkpoint(path)
-    if folder is None:
-        raise ValueError(
-            f"{path} holds no checkpoint (neither checkpoints/latest nor conan.json is there): run the stage that makes it "
-            "first, or set checkpoint.init_from=null to start from random weights"
-        )
-    return folder
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """The small state saved with a checkpoint."""
-    return json.loads((folder / "conan.json").read_text(encoding="utf-8"))
 
 
 def unwrap(chunk: torch.nn.Module) -> ConanModel:

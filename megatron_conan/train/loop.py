@@ -14,15 +14,15 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get
 from megatron_conan.model.conan import build_model
 from megatron_conan.model.mask import SoftMask
 from megatron_conan.train.checkpoint import (
-    find_checkpoint,
     load_checkpoint,
     load_weights,
     save_checkpoint,
     shape_fields,
 )
+from megatron_conan.train.checkpoint_files import find_checkpoint, latest_checkpoint
 from megatron_conan.train.metrics import MetricsWriter, memory_gib
 from megatron_conan.train.optim import build_optimizer, wrap_for_training
-from megatron_conan.train.run_folder import latest_checkpoint, open_run_folder
+from megatron_conan.train.run_folder import open_run_folder
 from megatron_conan.train.setup import Setup
 from megatron_conan.train.stages import STAGES, StageParts
 from megatron_conan.train.step import train_step

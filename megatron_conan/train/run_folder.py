@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -25,27 +26,13 @@ RECORDED_PACKAGES = (
 
 
 def write_atomically(file: Path, text: str) -> None:
-    """Write a file under a temporary name and rename it: it is whole or not there."""
+    """Write a file under a temporary name and rename it: it is whole or not there, after a power cut too."""
     temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
     temporary.replace(file)
-
-
-def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The checkpoint folder that `checkpoints/latest` names; None if the run has none.
-
-    Raises:
-        ValueError: if `latest` names a folder that is not there.
-    """
-    latest = run_dir / "checkpoints" / "latest"
-    if not latest.exists():
-        return None
-    folder = run_dir / "checkpoints" / latest.read_text(encoding="utf-8").strip()
-    if not folder.is_dir():
-        raise ValueError(
-            f"{latest} names {folder}, which does not exist; write the name of an existing step_* folder into it"
-        )
-    return folder
 
 
 def check_run_folder(config: RunConfig) -> None:

@@ -1,0 +1,136 @@
+"""A run's checkpoints as folders: their names, what makes one whole, and which are kept.
+
+checkpoints/step_00000100/       what megatron-core writes, conan.json, SHA256SUMS (`sha256sum -c` reads it)
+checkpoints/.step_00000100.tmp/  one that is being written
+checkpoints/latest               name of the newest whole checkpoint
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_conan.train.run_folder import write_atomically
+
+SUMS = "SHA256SUMS"
+STATE = "conan.json"
+
+
+def checkpoint_name(step: int) -> str:
+    """Name of the folder of the checkpoint after `step` steps."""
+    return f"step_{step:08d}"
+
+
+def temporary_folder(folder: Path) -> Path:
+    """Where a checkpoint is written before it has its name."""
+    return folder.with_name(f".{folder.name}.tmp")
+
+
+def saved_checkpoints(run_dir: Path) -> list[Path]:
+    """The run's checkpoints, newest first, from the one on that `latest` names.
+
+    So writing an older name into `latest` takes a run back. Where it names none that is there, all count.
+    """
+    folders = sorted((x for x in (run_dir / "checkpoints").glob("step_*") if x.is_dir()), reverse=True)
+    latest = run_dir / "checkpoints" / "latest"
+    named = latest.read_text(encoding="utf-8").strip() if latest.exists() else ""
+    names = [folder.name for folder in folders]
+    return folders[names.index(named) :] if named in names else folders
+
+
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    """The newest checkpoint, None if the run has none; whether it is whole, `find_damage` says."""
+    return next(iter(saved_checkpoints(run_dir)), None)
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint folder that `path` names: a run folder (its latest) or a step_* folder itself.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if (path / STATE).exists():
+        return path
+    folder = latest_checkpoint(path)
+    if folder is None:
+        raise ValueError(
+            f"{path} holds no checkpoint (neither checkpoints/step_* nor conan.json is there): run the stage that makes it "
+            "first, or set checkpoint.init_from=null to start from random weights"
+        )
+    return folder
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The small state saved with a checkpoint."""
+    return json.loads((folder / STATE).read_text(encoding="utf-8"))
+
+
+def file_sum(file: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def seal(folder: Path, sums: Mapping[str, str]) -> None:
+    """Write SHA256SUMS over all files of a checkpoint; those that `sums` lacks are read."""
+    names = sorted(file.name for file in folder.iterdir() if file.name != SUMS)
+    lines = [f"{sums.get(name) or file_sum(folder / name)}  {name}\n" for name in names]
+    write_atomically(folder / SUMS, "".join(lines))
+
+
+def find_damage(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
+    """What is wrong with a checkpoint's files, one phrase each; empty if it is as it was written.
+
+    Args:
+        folder: the checkpoint.
+        part: which share of the files to look at: several ranks read one checkpoint.
+        parts: number of shares.
+    """
+    sums = folder / SUMS
+    if not sums.exists():
+        return [f"{SUMS} is missing"] if part == 0 else []
+    found = []
+    for i, line in enumerate(sums.read_text(encoding="utf-8", errors="replace").splitlines()):
+        if i % parts != part:
+            continue
+        expected, separator, name = line.partition("  ")
+        file = folder / name
+        if not separator or not name or Path(name).name != name:
+            found.append(f"line {i + 1} of {SUMS} can't be read")
+        elif not file.is_file():
+            found.append(f"{name} is missing")
+        elif file_sum(file) != expected:
+            found.append(f"{name} is not what was written (its SHA-256 differs, {file.stat().st_size:,} bytes)")
+    return found
+
+
+def commit(folder: Path, keep_last: int, keep_every: int | None) -> None:
+    """Give a whole checkpoint its name, let `latest` name it, and remove what is no longer kept.
+
+    Args:
+        folder: the checkpoint's name to be; it lies at `temporary_folder(folder)`.
+        keep_last: newest checkpoints kept.
+        keep_every: those of steps that are multiples of it are kept too.
+    """
+    shutil.rmtree(folder, ignore_errors=True)  # the one of an earlier attempt, damaged or left behind by a step back
+    temporary_folder(folder).replace(folder)
+    sync_folder(folder.parent)
+    write_atomically(folder.parent / "latest", folder.name + "\n")
+    earlier = sorted(old for old in folder.parent.glob("step_*") if old.name <= folder.name)
+    for old in earlier[:-keep_last]:
+        if keep_every is None or int(old.name.removeprefix("step_")) % keep_every:
+            shutil.rmtree(old)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
