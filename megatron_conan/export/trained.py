@@ -113,7 +113,7 @@ def load_run(run_dir: Path, *, every_rank: bool = False) -> TrainedRun:
     soft_mask = SoftMask(config.soft_mask, config.train.steps, device)
     soft_mask.set(state["alpha"])
     chunks, _ = build_model(config, device, soft_mask, "embedding")
-    load_weights(checkpoint, chunks)
+    load_weights(checkpoint, chunks, context)
     tokenizer = Tokenizer(config.tokenizer.model)
     if tokenizer.sha256 != state["tokenizer_sha256"]:
         raise ValueError(

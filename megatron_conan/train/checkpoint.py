@@ -1,22 +1,14 @@
-"""Checkpoints through megatron-core's dist_checkpointing: saved under one layout, loaded under any other.
-
-    checkpoints/step_00000100/   sharded model and optimizer, common.pt, conan.json
-    checkpoints/latest           name of the newest whole checkpoint
-
-A checkpoint is written to a temporary name, renamed, and only then named by `latest`.
-"""
+"""Loading checkpoints of megatron-core's dist_checkpointing: saved under one layout, loaded under any other."""
 
 from __future__ import annotations
 
-import json
-import shutil
+import sys
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
@@ -24,8 +16,13 @@ from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, Distribut
 from megatron_conan.config import RunConfig
 from megatron_conan.model.conan import ConanModel
 from megatron_conan.parallel.context import ParallelContext
-from megatron_conan.train.checkpoint_files import find_checkpoint, latest_checkpoint, read_state
-from megatron_conan.train.run_folder import write_atomically
+from megatron_conan.train.checkpoint_files import (
+    find_checkpoint,
+    find_damage,
+    is_readable,
+    read_state,
+    saved_checkpoints,
+)
 
 OPTIMIZER_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 
@@ -43,51 +40,39 @@ SHAPE_KEYS = (
 """Fields of the model section that weights depend on."""
 
 
-def save_checkpoint(
-    run_dir: Path,
-    step: int,
-    chunks: list[DistributedDataParallel],
-    optimizer: MegatronOptimizer,
-    state: dict[str, Any],
-    context: ParallelContext,
-    keep_last: int,
-) -> Path:
-    """Save weights, optimizer and `state` after `step`. All ranks must call.
+def whole_checkpoint(run_dir: Path, context: ParallelContext) -> Path | None:
+    """The run's newest checkpoint whose files are as they were written; None if it has none. All ranks must call.
 
-    Args:
-        run_dir: the run's folder.
-        step: optimizer steps done.
-        chunks: this rank's model chunks.
-        optimizer: their optimizer.
-        state: small JSON values that describe the run at this step, the same on every rank.
-        context: this rank's place.
-        keep_last: older checkpoints beyond this many are removed.
-
-    Returns:
-        The checkpoint's folder.
+    Raises:
+        ValueError: if all are damaged.
     """
-    folder = run_dir / "checkpoints" / f"step_{step:08d}"
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    if context.rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    context.barrier()
-    # Results of the writing stay in this process. megatron-core's queue is a process of its own, which lives on when this one
-    # is killed, and keeps the run's output open: `... | tee` would never end.
-    filesystem_async._results_queue = SimpleQueue()
-    sharded = _sharded_state(chunks, optimizer, is_loading=False)
-    dist_checkpointing.save(sharded, str(temporary), content_metadata=dict(OPTIMIZER_SHARDING))
-    context.barrier()
-    if context.rank == 0:
-        write_atomically(temporary / "conan.json", json.dumps({"step": step, **state}, indent=2) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.replace(folder)
-        write_atomically(folder.parent / "latest", folder.name + "\n")
-        earlier = sorted(old for old in folder.parent.glob("step_*") if old.name <= folder.name)
-        for old in earlier[:-keep_last]:
-            shutil.rmtree(old)
-    context.barrier()
-    return folder
+    box: list[Any] = [[folder.name for folder in saved_checkpoints(run_dir)]]
+    dist.broadcast_object_list(box, src=0, group=context.world_group, device=context.device)
+    folders = [run_dir / "checkpoints" / name for name in box[0]]
+    damaged: list[tuple[str, str]] = []
+    for folder in folders:
+        damage = damage_of(folder, context)
+        if not damage:
+            for name, what in damaged if context.rank == 0 else []:
+                print(
+                    f"warning: checkpoint {name} is damaged, {folder.name} is used: {what}", file=sys.stderr, flush=True
+                )
+            return folder
+        damaged.append((folder.name, "; ".join(damage)))
+    if damaged:
+        told = ". ".join(f"{name}: {what}" for name, what in damaged)
+        raise ValueError(
+            f"all checkpoints of {run_dir} are damaged. {told}. Bring one back from a copy, or remove the folder checkpoints "
+            "to start from the beginning"
+        )
+    return None
+
+
+def damage_of(folder: Path, context: ParallelContext) -> list[str]:
+    """What is wrong with a checkpoint's files, the same on all ranks, which read a share each. All ranks must call."""
+    parts: list[Any] = [None] * context.world_size
+    dist.all_gather_object(parts, find_damage(folder, context.rank, context.world_size), group=context.world_group)
+    return [what for part in parts for what in part]
 
 
 def load_checkpoint(
@@ -96,22 +81,29 @@ def load_checkpoint(
     """Load weights and optimizer in place. All ranks must call.
 
     Returns:
-        The `state` given to `save_checkpoint`, with `step`.
+        The `state` given to `Checkpointer.save`, with `step`.
     """
     _create_adam_state(optimizer)
-    sharded = _sharded_state(chunks, optimizer, is_loading=True)
+    sharded = sharded_state(chunks, optimizer, is_loading=True)
     loaded = dist_checkpointing.load(sharded, str(folder))
     _load_model_state(loaded, chunks)
     _load_optimizer_state(optimizer, loaded["optimizer"])
     return read_state(folder)
 
 
-def load_weights(folder: Path, chunks: list[ConanModel]) -> None:
+def load_weights(folder: Path, chunks: list[ConanModel], context: ParallelContext) -> None:
     """Load weights only, for a stage that starts from another one's end. All ranks must call.
 
     Parameters that the checkpoint holds and the model lacks (theta of a learned soft mask) are left out; those that start in
     this stage keep their start.
+
+    Raises:
+        ValueError: if the checkpoint is damaged.
     """
+    if damage := damage_of(folder, context):
+        raise ValueError(
+            f"checkpoint {folder} is damaged: {'; '.join(damage)}. Name another one, or bring it back from a copy"
+        )
     starting = ["core_attention.theta"]  # exists in stage weak only
     if read_state(folder).get("projection_dim") is None:
         starting.append("projection.weight")  # language models have none
@@ -134,9 +126,10 @@ def _model_key(i: int, chunks: list[Any]) -> str:
     return "model" if len(chunks) == 1 else f"model{i}"
 
 
-def _sharded_state(
+def sharded_state(
     chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer, is_loading: bool
 ) -> dict[str, Any]:
+    """Weights and optimizer of this rank, as megatron-core saves and loads them."""
     metadata = dict(OPTIMIZER_SHARDING)
     sharded: dict[str, Any] = {
         _model_key(i, chunks): unwrap(chunk).sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)
@@ -198,12 +191,19 @@ def check_start(config: RunConfig, tokenizer_sha256: str) -> None:
     Raises:
         ValueError: what differs, and the remedy.
     """
-    folder = latest_checkpoint(config.run_dir)
-    if folder is None and config.checkpoint.init_from is not None:
+    own = [folder for folder in saved_checkpoints(config.run_dir) if is_readable(folder)]
+    if own:
+        folder = own[0]
+    elif config.checkpoint.init_from is not None:
         folder = find_checkpoint(config.checkpoint.init_from)
-    if folder is None:
+    else:
         return
     state = read_state(folder)
+    if not own and folder != config.checkpoint.init_from and state["step"] < state["steps"]:
+        raise ValueError(
+            f"checkpoint.init_from={config.checkpoint.init_from} is a run that stands at step {state['step']} of "
+            f"{state['steps']}: let it end first (the same command goes on), or name the checkpoint {folder} itself"
+        )
     if state["tokenizer_sha256"] != tokenizer_sha256:
         raise ValueError(
             f"{folder} was trained with another tokenizer (sha256 {state['tokenizer_sha256'][:12]}) than "

@@ -66,8 +66,23 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The small state saved with a checkpoint."""
-    return json.loads((folder / STATE).read_text(encoding="utf-8"))
+    """The small state saved with a checkpoint. Raises ValueError if it can't be read."""
+    try:
+        state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"checkpoint {folder} is damaged: {STATE} can't be read ({error}); name another one"
+        ) from error
+    return state
+
+
+def is_readable(folder: Path) -> bool:
+    """Whether `read_state` can read it; `find_damage` looks at everything."""
+    try:
+        read_state(folder)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def file_sum(file: Path) -> str:

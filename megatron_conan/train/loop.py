@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
+import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
 
 from megatron_conan.model.conan import build_model
 from megatron_conan.model.mask import SoftMask
-from megatron_conan.train.checkpoint import (
-    load_checkpoint,
-    load_weights,
-    save_checkpoint,
-    shape_fields,
-)
-from megatron_conan.train.checkpoint_files import find_checkpoint, latest_checkpoint
+from megatron_conan.parallel.context import ParallelContext
+from megatron_conan.train.checkpoint import load_checkpoint, load_weights, shape_fields, whole_checkpoint
+from megatron_conan.train.checkpoint_files import find_checkpoint
+from megatron_conan.train.checkpoint_saving import Checkpointer
 from megatron_conan.train.metrics import MetricsWriter, memory_gib
 from megatron_conan.train.optim import build_optimizer, wrap_for_training
+from megatron_conan.train.phases import Phases
 from megatron_conan.train.run_folder import open_run_folder
 from megatron_conan.train.setup import Setup
+from megatron_conan.train.skipping import SkippedSteps, save_batch
 from megatron_conan.train.stages import STAGES, StageParts
 from megatron_conan.train.step import train_step
+from megatron_conan.train.stopping import StopRequest, stop_file
 
 
 class Hook(Protocol):
@@ -56,7 +59,9 @@ class Trainer:
     soft_mask: SoftMask
     hooks: dict[str, Hook] = field(default_factory=dict)
     step: int = 0
-    """Optimizer steps done."""
+    """Steps done."""
+    skipped: SkippedSteps = field(default_factory=SkippedSteps)
+    phases: Phases = field(default_factory=Phases)
 
 
 def build_trainer(setup: Setup, hooks: dict[str, Hook]) -> Trainer:
@@ -69,18 +74,22 @@ def build_trainer(setup: Setup, hooks: dict[str, Hook]) -> Trainer:
     parts = stage.build(setup)  # refuses data that does not fit, before anything is written
     if context.rank == 0:
         open_run_folder(config, context.world_size)
+        stop_file(config.run_dir).unlink(missing_ok=True)
     context.barrier()
     soft_mask = SoftMask(config.soft_mask, config.train.steps, context.device)
     chunks, core = build_model(config, context.device, soft_mask, stage.head)
-    resume_from = latest_checkpoint(config.run_dir)
+    resume_from = whole_checkpoint(config.run_dir, context)
     if resume_from is None and config.checkpoint.init_from is not None:
-        load_weights(find_checkpoint(config.checkpoint.init_from), chunks)
+        load_weights(find_checkpoint(config.checkpoint.init_from), chunks, context)
     wrapped = wrap_for_training(chunks, core, config)
     optimizer, scheduler = build_optimizer(wrapped, core, config)
     trainer = Trainer(setup, parts, wrapped, optimizer, scheduler, soft_mask, hooks)
     if resume_from is not None:
         state = load_checkpoint(resume_from, wrapped, optimizer)
         trainer.step = state["step"]
+        trainer.skipped = SkippedSteps(**state["skipped"])
+        if context.rank == 0:
+            print(f"going on from step {trainer.step} of {config.train.steps}", file=sys.stderr, flush=True)
         scheduler.step(trainer.step)
         soft_mask.at_step(trainer.step)  # a finished run evaluates without another step
         for name, hook in hooks.items():
@@ -89,26 +98,38 @@ def build_trainer(setup: Setup, hooks: dict[str, Hook]) -> Trainer:
 
 
 def train(trainer: Trainer) -> dict[str, float]:
-    """Run to the last step, writing metrics and checkpoints. All ranks must call.
+    """Run to the last step, or a request to stop, writing metrics and checkpoints. All ranks must call.
 
     Returns:
         The last step's metrics; empty if there was nothing left to do.
+
+    Raises:
+        FloatingPointError: on all ranks, after too many skipped steps in a row.
+        OSError: if a checkpoint can't be written.
     """
     config, context = trainer.setup.config, trainer.setup.context
     writer = None
     if context.rank == 0:
         writer = MetricsWriter(config.run_dir, config.stage, config.train.steps, trainer.step)
+    checkpointer = Checkpointer(config, context)
     values: dict[str, float] = {}
     try:
-        while trainer.step < config.train.steps:
-            values = one_step(trainer)
-            logged = trainer.step % config.train.log_every == 0 or trainer.step in (1, config.train.steps)
-            if writer is not None and logged:
-                writer.write(trainer.step, values)
-            _save_if_due(trainer)
-        for hook in trainer.hooks.values():
-            hook.after_training(trainer)
+        with StopRequest(config.run_dir, context.rank) as request:
+            while trainer.step < config.train.steps:
+                values = one_step(trainer)
+                logged = trainer.step % config.train.log_every == 0 or trainer.step in (1, config.train.steps)
+                if writer is not None and logged:
+                    writer.write(trainer.step, values)
+                if _keep(trainer, checkpointer, request):
+                    break
+            with trainer.phases.within("checkpoint"):
+                checkpointer.finish()
+        if trainer.step == config.train.steps:
+            for name, hook in trainer.hooks.items():
+                with trainer.phases.within(name):
+                    hook.after_training(trainer)
     finally:
+        checkpointer.close()
         if writer is not None:
             writer.close()
     return values
@@ -116,51 +137,94 @@ def train(trainer: Trainer) -> dict[str, float]:
 
 def one_step(trainer: Trainer) -> dict[str, float]:
     """One step: hooks, data, forward, backward, update. All ranks must call. Returns the step's metrics."""
-    setup = trainer.setup
-    step = trainer.step + 1
+    setup, phases = trainer.setup, trainer.phases
+    step = phases.step = trainer.step + 1
     alpha = trainer.soft_mask.at_step(step)
     hook_values: dict[str, float] = {}
-    for hook in trainer.hooks.values():
-        hook_values.update(hook.before_step(trainer, step))
+    for name, hook in trainer.hooks.items():
+        with phases.within(name):
+            hook_values.update(hook.before_step(trainer, step))
     started = time.monotonic()
-    batch = trainer.parts.data.batch(step)
-    data_seconds = time.monotonic() - started
+    with phases.within("data"):
+        batch = trainer.parts.data.batch(step)
     trainer.scheduler.step(1)
     forward_backward = partial(trainer.parts.forward_backward, trainer.chunks, batch)
-    values = train_step(trainer.chunks, trainer.optimizer, forward_backward, setup.context)
+    values = train_step(trainer.chunks, trainer.optimizer, forward_backward, setup.context, phases)
     trainer.step = step
     seconds = time.monotonic() - started
+    _skip_if_not_finite(trainer, batch, values)
     timing = {
         "tokens_per_second": values["tokens"] / seconds,
         "step_seconds": seconds,
-        "data_seconds": data_seconds,
+        **{f"{phase}_seconds": value for phase, value in phases.take().items() if phase not in ("start", "step")},
         "memory_gib": memory_gib(setup.context.device),
     }
     mask = {"alpha": alpha} if setup.config.is_contrastive else {}
+    skipped = {"skipped_steps": float(trainer.skipped.total)} if trainer.skipped.total else {}
     first = {"loss": values.pop("loss"), "lr": get_canonical_lr_for_logging(trainer.optimizer.param_groups) or 0.0}
-    return {**first, **values, **timing, **mask, **hook_values}
+    return {**first, **values, **timing, **mask, **hook_values, **skipped}
 
 
-def _save_if_due(trainer: Trainer) -> None:
-    config, step = trainer.setup.config, trainer.step
-    every = config.checkpoint.every
-    if step != config.train.steps and (every is None or step % every):
+def _skip_if_not_finite(trainer: Trainer, batch: Any, values: dict[str, float]) -> None:
+    """Count a step that changed nothing; too many in a row end the run, with every rank's batch kept."""
+    config, context, skipped = trainer.setup.config, trainer.setup.context, trainer.skipped
+    if not skipped.note(values):
         return
-    state = {
+    what = f"loss {values['loss']}, gradient norm {values['grad_norm']}"
+    if skipped.in_a_row <= config.train.max_skipped_steps:
+        if context.rank == 0:
+            print(f"warning: step {trainer.step} is skipped: {what}", file=sys.stderr, flush=True)
+        return
+    folder = save_batch(config.run_dir, trainer.step, context.rank, batch, values)
+    context.barrier()
+    raise FloatingPointError(
+        f"step {trainer.step} is not finite ({what}), the {skipped.in_a_row}. in a row; its batch is kept in {folder}: "
+        "look at it, or start with a lower optimizer.lr from an earlier checkpoint (train.max_skipped_steps)"
+    )
+
+
+def _keep(trainer: Trainer, checkpointer: Checkpointer, request: StopRequest) -> bool:
+    """Name the checkpoint that has been written, and save one if it is due. Returns whether to stop, as all ranks agree."""
+    config, step, context = trainer.setup.config, trainer.step, trainer.setup.context
+    stop, unwritten = _on_any_rank(context, request.is_made(), not checkpointer.is_written())
+    every = config.checkpoint.every
+    due = stop or step == config.train.steps or (every is not None and step % every == 0)
+    if not due and (unwritten or not checkpointer.is_saving):
+        return False
+    with trainer.phases.within("checkpoint"):
+        if due:
+            checkpointer.save(step, trainer.chunks, trainer.optimizer, _state(trainer))
+        if stop or not due:
+            checkpointer.finish()
+    if stop and step < config.train.steps and context.rank == 0:
+        print(
+            f"stopped on request after step {step} of {config.train.steps}; the same command goes on",
+            file=sys.stderr,
+            flush=True,
+        )
+    return stop
+
+
+def _on_any_rank(context: ParallelContext, *flags: bool) -> list[bool]:
+    """Which of the flags are set on some rank. All ranks must call."""
+    if context.world_size == 1:
+        return list(flags)
+    numbers = torch.tensor(flags, dtype=torch.int32, device=context.device)
+    dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=context.world_group)
+    return [bool(number) for number in numbers.tolist()]
+
+
+def _state(trainer: Trainer) -> dict[str, Any]:
+    """What a checkpoint says of the run, beside weights and optimizer."""
+    config = trainer.setup.config
+    return {
         "stage": config.stage,
         "alpha": trainer.soft_mask.value,
         "soft_mask_form": config.soft_mask.form,
         "model": shape_fields(config),
         "projection_dim": config.pooling.projection_dim,
         "tokenizer_sha256": trainer.setup.tokenizer.sha256,
-        "hooks": {name: hook.state(trainer, step) for name, hook in trainer.hooks.items()},
+        "steps": config.train.steps,
+        "skipped": asdict(trainer.skipped),
+        "hooks": {name: hook.state(trainer, trainer.step) for name, hook in trainer.hooks.items()},
     }
-    save_checkpoint(
-        config.run_dir,
-        step,
-        trainer.chunks,
-        trainer.optimizer,
-        state,
-        trainer.setup.context,
-        config.checkpoint.keep_last,
-    )

@@ -15,12 +15,14 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
 from megatron_conan.data.packing import PackedTexts
 from megatron_conan.parallel.context import ParallelContext
 from megatron_conan.train.checkpoint import unwrap
+from megatron_conan.train.phases import Phases
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, "StepReport"]]
 ForwardStep = Callable[[Iterator[Any], torch.nn.Module], tuple[Tensor, LossFunction | None]]
@@ -76,6 +78,7 @@ def train_step(
     optimizer: MegatronOptimizer,
     forward_backward: Callable[[], list[StepReport]],
     context: ParallelContext,
+    phases: Phases,
 ) -> dict[str, float]:
     """Forward, backward and update over one global batch. All ranks must call.
 
@@ -84,26 +87,38 @@ def train_step(
         optimizer: their optimizer.
         forward_backward: accumulates the gradients of the batch.
         context: this rank's place.
+        phases: takes the seconds.
 
     Returns:
-        Means and totals over the global batch by name, and `grad_norm` (before clipping); equal on all ranks.
-
-    Raises:
-        FloatingPointError: on all ranks, if the loss or the gradient is not finite; nothing is saved then.
+        Means and totals over the global batch by name, and `grad_norm` (before clipping); equal on all ranks. Where the loss
+        or the gradient norm is not finite nothing was updated.
     """
-    for chunk in chunks:
-        chunk.zero_grad_buffer()
-    optimizer.zero_grad()
-    values = reduce_reports(forward_backward(), context)
-    if not math.isfinite(values["loss"]):
-        raise FloatingPointError(f"the loss is {values['loss']}; lower optimizer.lr or look at the data of this step")
-    _, grad_norm, _ = optimizer.step()
-    values["grad_norm"] = float(grad_norm or 0.0)
-    if not math.isfinite(values["grad_norm"]):
-        raise FloatingPointError(
-            f"the gradient norm is {grad_norm}; lower optimizer.lr or look at the data of this step"
-        )
+    with phases.within("forward_backward"):
+        for chunk in chunks:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        values = reduce_reports(forward_backward(), context)
+    with phases.within("optimizer"):
+        values["grad_norm"] = update(optimizer, math.isfinite(values["loss"]))
     return values
+
+
+@torch.no_grad()
+def update(optimizer: MegatronOptimizer, wanted: bool) -> float:
+    """What megatron-core's `optimizer.step()` does, but nothing if it isn't `wanted` or the gradient norm isn't finite.
+
+    All ranks must call. Returns the gradient norm before clipping.
+    """
+    found_inf = optimizer.prepare_grads()
+    grad_norm = math.inf if found_inf else float(optimizer.get_grad_norm() or 0.0)
+    if not wanted or not math.isfinite(grad_norm):
+        return grad_norm
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        parameters = [] if part.is_stub_optimizer else part.get_parameters()
+        if parameters and part.config.clip_grad > 0.0:
+            clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, grad_norm)
+    optimizer.step_with_ready_grads()
+    return grad_norm
 
 
 def reduce_reports(reports: Sequence[StepReport], context: ParallelContext) -> dict[str, float]:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from gloo_pool import WorkerPool
-from layouts import tiny_config, train_run
+from layouts import deterministic, tiny_config, train_run
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from megatron_conan.config import RunConfig, dump_config
@@ -25,7 +25,6 @@ from megatron_conan.mining.table import ARRAYS
 DRIVER = Path(__file__).with_name("finetune_killed.py")
 SECONDS = 180.0
 """What a launch may take; one that waits for a dead rank takes longer."""
-VOLATILE = ("tokens_per_second", "step_seconds", "data_seconds", "memory_gib", "seconds", "document_seconds")
 SWAPS = {"margin": None, "low_score": 0.8, "drop_ratio": 1.001, "high_score": 1.1}
 """v2 with nearly all steps replacing something."""
 BLOCKS = {"margin": None, "rule": "v1", "rule_every": 7, "rule_offset": 2, "drop_ratio": 1.001, "high_score": 1.1}
@@ -116,7 +115,7 @@ def _launch(config: RunConfig, point: str) -> tuple[int, str]:
 def _lines(file: Path) -> list[dict[str, Any]]:
     """The lines of a file, without what differs between two runs alike."""
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return [{key: value for key, value in line.items() if key not in VOLATILE} for line in lines]
+    return [deterministic(line) for line in lines]
 
 
 def _tensors(run: Path, folder: Path) -> dict[str, torch.Tensor]:

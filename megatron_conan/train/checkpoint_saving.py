@@ -1,0 +1,166 @@
+"""Saving checkpoints, in the background where that can be: megatron-core's dist_checkpointing, sealed and then named.
+
+A checkpoint is written to a temporary name, its files are summed up, it is renamed, and only then named by `latest`. At most
+one is being written at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+
+from megatron_conan.config import RunConfig
+from megatron_conan.parallel.context import ParallelContext
+from megatron_conan.train.checkpoint import OPTIMIZER_SHARDING, sharded_state
+from megatron_conan.train.checkpoint_files import STATE, checkpoint_name, commit, seal, temporary_folder
+from megatron_conan.train.checkpoint_worker import Written, write_buckets
+from megatron_conan.train.checkpoint_writer import BackgroundWriter, can_write_in_background
+from megatron_conan.train.run_folder import write_atomically
+
+
+@dataclass
+class _Saving:
+    """A checkpoint that is being written."""
+
+    folder: Path
+    request: AsyncRequest
+    results: SimpleQueue[Any]
+    state: dict[str, Any]
+    written: Written | None = None
+
+
+class Checkpointer:
+    """Saves a run's checkpoints. All ranks must call all methods but `is_written`, in the same order."""
+
+    def __init__(self, config: RunConfig, context: ParallelContext) -> None:
+        """Get ready to save; with `checkpoint.asynchronous` start the process that writes, if the run has use for it."""
+        self._settings, self._context = config.checkpoint, context
+        self._folder = config.run_dir / "checkpoints"
+        self._saving: _Saving | None = None
+        self._writer: BackgroundWriter | None = None
+        every = config.checkpoint.every
+        several = every is not None and every < config.train.steps  # nothing goes on beside the last one
+        if config.checkpoint.asynchronous and several and can_write_in_background():
+            self._writer = BackgroundWriter()
+
+    def save(
+        self, step: int, chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer, state: dict[str, Any]
+    ) -> None:
+        """Save weights, optimizer and `state` after `step`: in the background, or at once where there is none.
+
+        Args:
+            step: optimizer steps done.
+            chunks: this rank's model chunks.
+            optimizer: their optimizer.
+            state: small JSON values that describe the run at this step, the same on every rank.
+
+        Raises:
+            OSError: on all ranks, if this or the last checkpoint could not be written; the ones before it are there.
+        """
+        self.finish()
+        folder = self._folder / checkpoint_name(step)
+        temporary = temporary_folder(folder)
+        if self._context.rank == 0:
+            for left in self._folder.glob(".step_*.tmp"):  # of this one, or of a run that was killed
+                shutil.rmtree(left)
+            temporary.mkdir(parents=True)
+        self._context.barrier()
+        # Results are handed over in this process: megatron-core's own queue is a process that lives on when this one is killed.
+        results: SimpleQueue[Any] = SimpleQueue()
+        filesystem_async._results_queue = results
+        request = dist_checkpointing.save(
+            sharded_state(chunks, optimizer, is_loading=False),
+            str(temporary),
+            content_metadata=dict(OPTIMIZER_SHARDING),
+            async_sharded_save=True,
+        )
+        assert request is not None
+        self._saving = _Saving(folder, request, results, {"step": step, **state})
+        buckets, transforms = _work(request)
+        if self._writer is None:
+            self._saving.written = write_buckets(_on_host(buckets), transforms)
+            self.finish()
+        elif buckets:
+            self._writer.submit(buckets, transforms)
+        else:
+            self._saving.written = Written({}, {})
+
+    @property
+    def is_saving(self) -> bool:
+        """Whether a checkpoint is being written; the same on all ranks."""
+        return self._saving is not None
+
+    def is_written(self) -> bool:
+        """Whether this rank's part of the checkpoint is written, so that `finish` needn't wait for this rank."""
+        saving = self._saving
+        if saving is None or saving.written is not None:
+            return True
+        assert self._writer is not None
+        return self._writer.is_done()
+
+    def finish(self) -> None:
+        """Wait for what is being written, and give it its name.
+
+        Raises:
+            OSError: on all ranks, if some rank's part could not be written. Nothing of it is left then.
+        """
+        saving, self._saving = self._saving, None
+        if saving is None:
+            return
+        if saving.written is None:
+            assert self._writer is not None
+            saving.written = self._writer.result()
+        parts: list[Any] = [None] * self._context.world_size
+        dist.all_gather_object(parts, (saving.written.sums, saving.written.error), group=self._context.world_group)
+        errors = {rank: error for rank, (_, error) in enumerate(parts) if error is not None}
+        try:
+            if errors:
+                rank, error = next(iter(errors.items()))
+                raise OSError(f"checkpoint {saving.folder} could not be written by rank {rank}: {error}")
+            if saving.written.results:
+                saving.results.put(saving.written.results)
+            for finalize in saving.request.finalize_fns:  # megatron-core's index of all files
+                finalize()
+            if self._context.rank == 0:
+                temporary = temporary_folder(saving.folder)
+                write_atomically(temporary / STATE, json.dumps(saving.state, indent=2) + "\n")
+                seal(temporary, {name: total for sums, _ in parts for name, total in sums.items()})
+                commit(saving.folder, self._settings.keep_last, self._settings.keep_every)
+        except OSError:
+            if self._context.rank == 0:
+                shutil.rmtree(temporary_folder(saving.folder), ignore_errors=True)
+            raise
+        self._context.barrier()
+
+    def close(self) -> None:
+        """End the process that writes. What it is writing and `finish` hasn't named is given up; any rank may call."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+def _work(request: AsyncRequest) -> tuple[list[Any], list[Any]]:
+    """What this rank has to write, and torch's transforms on the way."""
+    if request.async_fn is None:
+        return [], []
+    _, buckets, _ = request.async_fn_args
+    transforms, _ = request.async_fn.args  # a partial of megatron-core's function
+    return buckets, transforms
+
+
+def _on_host(buckets: list[Any]) -> list[Any]:
+    return [
+        (path, name, (bytes_items, [(item, tensor.to("cpu")) for item, tensor in tensor_items]))
+        for path, name, (bytes_items, tensor_items) in buckets
+    ]
