@@ -96,21 +96,35 @@ def dump_config(config: RunConfig) -> str:
 
 def resume_differences(old: RunConfig, new: RunConfig) -> list[str]:
     """Keys in which two configs differ and must not on resume, as lines `key: old -> new`."""
-    before, after = dict(_leaves(old.model_dump(mode="json"))), dict(_leaves(new.model_dump(mode="json")))
-    lines = []
-    for key in sorted(before.keys() | after.keys()):
-        allowed = any(key == k or key.startswith(k + ".") for k in MAY_DIFFER_ON_RESUME)
-        if not allowed and before.get(key) != after.get(key):
-            lines.append(f"{key}: {before.get(key)!r} -> {after.get(key)!r}")
-    return lines
+    return list(_differences(old.model_dump(mode="json"), new.model_dump(mode="json")))
 
 
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
+def _differences(before: Any, after: Any, key: str = "") -> Iterator[str]:
+    """Of the smallest parts that differ: `data.sources.1.weight`, but `mining` where one side has no such section."""
+    if any(key == allowed or key.startswith(allowed + ".") for allowed in MAY_DIFFER_ON_RESUME):
+        return
+    parts = _parts(before), _parts(after)
+    if parts[0] is not None and parts[1] is not None:
+        for name in sorted(parts[0].keys() | parts[1].keys()):
+            yield from _differences(parts[0].get(name), parts[1].get(name), f"{key}.{name}".lstrip("."))
+    elif before != after:
+        yield f"{key}: {_shown(before)} -> {_shown(after)}"
+
+
+def _parts(value: Any) -> dict[str, Any] | None:
+    """A section's fields, or a list of sections by number; None for anything else."""
+    if isinstance(value, dict):
+        return value
+    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        return {str(i): item for i, item in enumerate(value)}
+    return None
+
+
+def _shown(value: Any) -> str:
+    """A value as in an error message: of a section what is set."""
+    if isinstance(value, dict):
+        return repr({name: item for name, item in value.items() if item is not None})
+    return repr(value)
 
 
 def _merge(target: dict[str, Any], source: dict[str, Any]) -> None:

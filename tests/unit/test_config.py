@@ -210,6 +210,24 @@ def test_a_section_that_comes_or_goes_is_a_difference(file):
     assert any(line.startswith("data.sources") for line in differences(file, "data.sources=[{prefix: a}]"))
 
 
+def test_a_difference_within_a_list_of_sections_is_named(file):
+    """Not the whole list twice: the source and its field; a source that came or went; numbers stay in their list."""
+    two = load_config(file, ["data.sources=[{prefix: a, weight: 1}, {prefix: b, weight: 2}]", "mining={at: [0, 5]}"])
+
+    def against(*words: str) -> list[str]:
+        sources = "data.sources=[{prefix: a, weight: 1}, {prefix: b, weight: 2}]"
+        return resume_differences(two, load_config(file, [sources, "mining={at: [0, 5]}", *words]))
+
+    assert against("data.sources.1.weight=3") == ["data.sources.1.weight: 2.0 -> 3.0"]
+    assert against("data.sources=[{prefix: a, weight: 1}]") == [
+        "data.sources.1: {'prefix': 'b', 'weight': 2.0} -> None"
+    ]
+    assert against("mining.at=[0, 6]") == ["mining.at: [0, 5] -> [0, 6]"]
+    assert against("contrastive.matryoshka_dims=[8]") == ["contrastive.matryoshka_dims: None -> [8]"]
+    (line,) = against("evaluation={data: e}")
+    assert line == "evaluation: None -> {'data': 'e', 'at_start': False, 'max_tokens': 16384}"
+
+
 def test_every_field_is_documented():
     def walk(model: type) -> list[str]:
         missing = []
