@@ -6,12 +6,14 @@ import importlib.metadata
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from megatron_conan.config import RunConfig, dump_config, parse_config, resume_differences
+from megatron_conan.data.fingerprint import data_fingerprints
 
 RECORDED_PACKAGES = (
     "megatron-conan",
@@ -23,6 +25,8 @@ RECORDED_PACKAGES = (
     "faiss-gpu",
     "mteb",
 )
+NUMERIC_PACKAGES = ("torch", "megatron-core", "numpy", "faiss-cpu", "faiss-gpu")
+"""Those of another version of which a run's numbers may differ."""
 
 
 def write_atomically(file: Path, text: str) -> None:
@@ -62,11 +66,55 @@ def read_config(run_dir: Path) -> RunConfig:
 
 
 def open_run_folder(config: RunConfig, world_size: int) -> None:
-    """Create the folder and write the resolved config, git commit and versions. Rank 0 only."""
+    """Create the folder and write the resolved config, git commit, versions and the data's fingerprints. Rank 0 only.
+
+    A run that goes on tells first what is different now and allowed to be, but moves its numbers.
+    """
     config.run_dir.mkdir(parents=True, exist_ok=True)
+    versions = _versions()
+    if any((config.run_dir / "checkpoints").glob("step_*")):
+        for line in [*_moved_schedules(config), *_changed_versions(config.run_dir, versions)]:
+            print(f"warning: {line}", file=sys.stderr, flush=True)
     write_atomically(config.run_dir / "config.yaml", dump_config(config))
-    environment = {"commit": _git_commit(), "world_size": world_size, "versions": _versions()}
+    environment = {
+        "commit": _git_commit(),
+        "world_size": world_size,
+        "versions": versions,
+        "data": data_fingerprints(config),
+    }
     write_atomically(config.run_dir / "environment.json", json.dumps(environment, indent=2) + "\n")
+
+
+def _moved_schedules(config: RunConfig) -> list[str]:
+    """A line if schedules end at another step than before."""
+    if not (config.run_dir / "config.yaml").exists():
+        return []
+    before, now = read_config(config.run_dir).train.steps, config.train.steps
+    scheduled = []
+    if config.optimizer.decay != "constant" or config.optimizer.warmup_fraction > 0:
+        scheduled.append("the learning rate")
+    if config.is_contrastive and config.soft_mask.schedule != "constant":
+        scheduled.append("the opening of the soft mask")
+    if before == now or not scheduled:
+        return []
+    return [
+        f"train.steps: {before} -> {now}: {' and '.join(scheduled)} now {'follow' if len(scheduled) > 1 else 'follows'} a "
+        f"schedule that ends at step {now}, with a jump at the next step"
+    ]
+
+
+def _changed_versions(run_dir: Path, now: dict[str, Any]) -> list[str]:
+    """A line if packages that numbers depend on have other versions than when the run was last started."""
+    file = run_dir / "environment.json"
+    before = json.loads(file.read_text(encoding="utf-8"))["versions"] if file.exists() else now
+    changes = [
+        f"{package} {before.get(package, 'absent')} -> {now.get(package, 'absent')}"
+        for package in NUMERIC_PACKAGES
+        if before.get(package) != now.get(package)
+    ]
+    return (
+        [f"versions changed since this run last started: {', '.join(changes)}; its numbers may too"] if changes else []
+    )
 
 
 def _git_commit() -> str | None:
