@@ -1,10 +1,8 @@
 """Writing a rank's files of a checkpoint, in the rank itself or in a process beside it that lets training go on.
 
-    python -m megatron_conan.train.checkpoint_worker
-
-takes requests from its standard input: where in a shared buffer the rank has put its tensors and what to write of them. It
-answers on its standard output, and ends with the rank: by SIGKILL if that is killed, so that nothing is written any more when
-the run is started again.
+The process takes requests from its standard input: where in a shared buffer the rank has put its tensors and what to write of
+them. It answers on its standard output, and ends with the rank: by SIGKILL if that is killed, so that nothing is written any
+more when the run is started again.
 """
 
 from __future__ import annotations
@@ -130,7 +128,3 @@ def _serve(rank: int, requests: BinaryIO, answers: BinaryIO) -> None:
 def _with_tensors(bucket: Any, buffer: mmap.mmap) -> Any:
     path, name, (bytes_items, tensor_items) = bucket
     return path, name, (bytes_items, [(item, staged.read(buffer)) for item, staged in tensor_items])
-
-
-if __name__ == "__main__":
-    main()

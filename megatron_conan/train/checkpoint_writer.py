@@ -34,7 +34,7 @@ class BackgroundWriter:
         self._descriptor = -1
         self._buffer: mmap.mmap | None = None
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "megatron_conan.train.checkpoint_worker"],
+            [sys.executable, "-P", "-c", "from megatron_conan.train.checkpoint_worker import main; main()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
@@ -77,7 +77,9 @@ class BackgroundWriter:
     def is_done(self) -> bool:
         """Whether `result` has something to say."""
         assert self._process.stdout is not None
-        return bool(select.select([self._process.stdout], [], [], 0)[0])
+        poll = select.poll()  # select() knows no descriptors above 1,023
+        poll.register(self._process.stdout, select.POLLIN | select.POLLHUP)
+        return bool(poll.poll(0))
 
     def result(self) -> Written:
         """What became of the request; waits for it."""
