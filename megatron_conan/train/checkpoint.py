@@ -11,7 +11,6 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
 
 from megatron_conan.config import RunConfig
 from megatron_conan.model.conan import ConanModel
@@ -23,8 +22,7 @@ from megatron_conan.train.checkpoint_files import (
     read_state,
     saved_checkpoints,
 )
-
-OPTIMIZER_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+from megatron_conan.train.optimizer_state import OPTIMIZER_SHARDING, load_optimizer_state, sharded_optimizer_state
 
 SHAPE_KEYS = (
     "num_layers",
@@ -83,11 +81,10 @@ def load_checkpoint(
     Returns:
         The `state` given to `Checkpointer.save`, with `step`.
     """
-    _create_adam_state(optimizer)
     sharded = sharded_state(chunks, optimizer, is_loading=True)
     loaded = dist_checkpointing.load(sharded, str(folder))
     _load_model_state(loaded, chunks)
-    _load_optimizer_state(optimizer, loaded["optimizer"])
+    load_optimizer_state(optimizer, loaded["optimizer"])
     return read_state(folder)
 
 
@@ -134,45 +131,8 @@ def sharded_state(
     sharded: dict[str, Any] = {
         _model_key(i, chunks): unwrap(chunk).sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)
     }
-    sharded["optimizer"] = optimizer.sharded_state_dict(sharded, is_loading=is_loading, metadata=metadata)
+    sharded["optimizer"] = sharded_optimizer_state(optimizer, sharded, is_loading)
     return sharded
-
-
-def _create_adam_state(optimizer: MegatronOptimizer) -> None:
-    """Give a fresh sharded optimizer its state tensors, for the checkpoint's values to be loaded into.
-
-    Without apex and transformer-engine megatron-core 0.16.1 asks the state for its step before anything is loaded
-    (distrib_optimizer.py, `assert len(steps) == 1`).
-    """
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if not isinstance(part, DistributedOptimizer) or part.optimizer.state:
-            continue
-        for group in part.optimizer.param_groups:
-            for parameter in group["params"]:
-                part.optimizer.state[parameter] = {
-                    "step": torch.zeros(()),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
-
-
-def _load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
-    """Load, around what megatron-core 0.16.1 gets wrong for a sharded optimizer without apex and transformer-engine.
-
-    It copies torch Adam's `step` from a source that has none, and gives all parameters one step tensor, which would then
-    be counted up once a parameter.
-    """
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    if HAVE_APEX_OR_TE or len(parts) != 1 or not isinstance(parts[0], DistributedOptimizer):
-        optimizer.load_state_dict(state)
-        return
-    (part,) = parts
-    parameter_state = state.pop("param_state")
-    part.load_state_dict(state)
-    steps = [values.pop("step").clone() for values in part.optimizer.state.values()]
-    part.load_parameter_state_from_fully_reshardable(parameter_state)
-    for values, step in zip(part.optimizer.state.values(), steps, strict=True):
-        values["step"] = step
 
 
 def _load_model_state(loaded: dict[str, Any], chunks: list[Any]) -> None:

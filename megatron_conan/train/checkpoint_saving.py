@@ -22,10 +22,11 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_conan.config import RunConfig
 from megatron_conan.parallel.context import ParallelContext
-from megatron_conan.train.checkpoint import OPTIMIZER_SHARDING, sharded_state
+from megatron_conan.train.checkpoint import sharded_state
 from megatron_conan.train.checkpoint_files import STATE, checkpoint_name, commit, seal, temporary_folder
 from megatron_conan.train.checkpoint_worker import Written, write_buckets
 from megatron_conan.train.checkpoint_writer import BackgroundWriter, can_write_in_background
+from megatron_conan.train.optimizer_state import OPTIMIZER_SHARDING
 from megatron_conan.train.run_folder import write_atomically
 
 
