@@ -14,11 +14,12 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
 
+from megatron_conan.data.fingerprint import Fingerprints, check_same_data, data_fingerprints
 from megatron_conan.model.conan import build_model
 from megatron_conan.model.mask import SoftMask
 from megatron_conan.parallel.context import ParallelContext
 from megatron_conan.train.checkpoint import load_checkpoint, load_weights, shape_fields, whole_checkpoint
-from megatron_conan.train.checkpoint_files import find_checkpoint
+from megatron_conan.train.checkpoint_files import find_checkpoint, read_state
 from megatron_conan.train.checkpoint_saving import Checkpointer
 from megatron_conan.train.metrics import MetricsWriter, memory_gib
 from megatron_conan.train.optim import build_optimizer, wrap_for_training
@@ -57,6 +58,8 @@ class Trainer:
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     soft_mask: SoftMask
+    data: Fingerprints
+    """Of the files that the run trains on."""
     hooks: dict[str, Hook] = field(default_factory=dict)
     step: int = 0
     """Steps done."""
@@ -71,6 +74,10 @@ def build_trainer(setup: Setup, hooks: dict[str, Hook]) -> Trainer:
     """
     config, context = setup.config, setup.context
     stage = STAGES[config.stage]
+    resume_from = whole_checkpoint(config.run_dir, context)
+    data = _data_fingerprints(setup)
+    if resume_from is not None:
+        check_same_data(read_state(resume_from)["data"], data)
     parts = stage.build(setup)  # refuses data that does not fit, before anything is written
     if context.rank == 0:
         open_run_folder(config, context.world_size)
@@ -78,12 +85,11 @@ def build_trainer(setup: Setup, hooks: dict[str, Hook]) -> Trainer:
     context.barrier()
     soft_mask = SoftMask(config.soft_mask, config.train.steps, context.device)
     chunks, core = build_model(config, context.device, soft_mask, stage.head)
-    resume_from = whole_checkpoint(config.run_dir, context)
     if resume_from is None and config.checkpoint.init_from is not None:
         load_weights(find_checkpoint(config.checkpoint.init_from), chunks, context)
     wrapped = wrap_for_training(chunks, core, config)
     optimizer, scheduler = build_optimizer(wrapped, core, config)
-    trainer = Trainer(setup, parts, wrapped, optimizer, scheduler, soft_mask, hooks)
+    trainer = Trainer(setup, parts, wrapped, optimizer, scheduler, soft_mask, data, hooks)
     if resume_from is not None:
         state = load_checkpoint(resume_from, wrapped, optimizer)
         trainer.step = state["step"]
@@ -95,6 +101,13 @@ def build_trainer(setup: Setup, hooks: dict[str, Hook]) -> Trainer:
         for name, hook in hooks.items():
             hook.restore(trainer, state["hooks"].get(name, {}))
     return trainer
+
+
+def _data_fingerprints(setup: Setup) -> Fingerprints:
+    """As rank 0 sees the files: hundreds of ranks needn't read them. All ranks must call."""
+    box = [data_fingerprints(setup.config) if setup.context.rank == 0 else {}]
+    dist.broadcast_object_list(box, src=0, group=setup.context.world_group, device=setup.context.device)
+    return box[0]
 
 
 def train(trainer: Trainer) -> dict[str, float]:
@@ -224,6 +237,7 @@ def _state(trainer: Trainer) -> dict[str, Any]:
         "model": shape_fields(config),
         "projection_dim": config.pooling.projection_dim,
         "tokenizer_sha256": trainer.setup.tokenizer.sha256,
+        "data": trainer.data,
         "steps": config.train.steps,
         "skipped": asdict(trainer.skipped),
         "hooks": {name: hook.state(trainer, trainer.step) for name, hook in trainer.hooks.items()},
