@@ -23,6 +23,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="DIR",
         help="folder of external data (default: ../shared/data beside the checkout)",
     )
+    parser.addoption(
+        "--rewrite-golden",
+        action="store_true",
+        help="write the golden losses of tests/golden anew instead of comparing",
+    )
 
 
 @pytest.fixture(scope="session")
