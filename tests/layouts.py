@@ -72,7 +72,7 @@ def train_layout(config: RunConfig) -> dict[str, Any]:
         metrics.append({key: value for key, value in deterministic(values).items() if key != "grad_norm"})
         norms.append(values["grad_norm"])
         if trainer.step <= 2 and not config.parallel.distributed_optimizer:  # there a rank reduces its own part only
-            found = _by_global_name(trainer, lambda p: p.main_grad)
+            found = by_global_name(trainer, lambda p: p.main_grad)
             gradients |= {f"step {trainer.step}: {name}": value for name, value in found.items()}
     return {
         "losses": losses,
@@ -94,7 +94,7 @@ def train_run(config: RunConfig) -> dict[str, Any]:
 
 def final_weights(trainer: Any) -> dict[str, tuple[np.ndarray, int | None, int]]:
     """This rank's parameters by global name."""
-    return _by_global_name(trainer, lambda p: p.data)
+    return by_global_name(trainer, lambda p: p.data)
 
 
 def build_test_trainer(config: RunConfig) -> Any:
@@ -117,7 +117,7 @@ def build_test_trainer(config: RunConfig) -> Any:
     return loop.build_trainer(setup, build_hooks(setup))
 
 
-def _by_global_name(trainer: Any, value: Any) -> dict[str, tuple[np.ndarray, int | None, int]]:
+def by_global_name(trainer: Any, value: Any) -> dict[str, tuple[np.ndarray, int | None, int]]:
     """global name -> (array, split dim or None, tp rank)."""
     from megatron_conan.model.conan import global_parameter_name
     from megatron_conan.train.checkpoint import unwrap

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from gloo_pool import WorkerPool
-from layouts import assemble, deterministic, tiny_config, train_run
+from layouts import assemble, build_test_trainer, deterministic, tiny_config, train_run
 
 from megatron_conan.config import RunConfig
 from megatron_conan.config.tree import PoolingConfig
@@ -59,22 +59,62 @@ def test_resumed_equals_uninterrupted(
         np.testing.assert_array_equal(found[name], array, err_msg=name)
 
 
-def test_resumes_under_another_layout(workers: WorkerPool, tiny_data: dict[str, Path], tmp_path: Path) -> None:
-    """Saved by one process, gone on with by tp 2 and by pp 2, optimizer state included."""
-    one = tmp_path / "one"
-    whole = workers.run(train_run, 1, _config("pretrain", tiny_data, one))
-    expected = assemble([rank["weights"] for rank in whole])
-    for name, parallel in (("tp2", {"tensor": 2}), ("pp2", {"pipeline": 2})):
-        run = tmp_path / name
-        shutil.copytree(one, run)
-        shutil.rmtree(run / "checkpoints" / "step_00000008")
-        (run / "checkpoints" / "latest").write_text("step_00000004\n", encoding="utf-8")
-        ranks = workers.run(train_run, 2, _config("pretrain", tiny_data, run, parallel=parallel))
-        losses = [[row["loss"] for row in _metrics(folder)] for folder in (run, one)]
-        np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
-        found = assemble([rank["weights"] for rank in ranks])
-        for key, array in expected.items():  # 5% of the learning rate, as in test_layouts
-            np.testing.assert_allclose(found[key], array, atol=5e-5, err_msg=key)
+def test_more_steps_on_resume_are_a_run_of_that_many_steps_from_there(
+    workers: WorkerPool, tiny_data: dict[str, Path], tmp_path: Path
+) -> None:
+    """Learning rate and mask follow the longer schedules from the checkpoint on; the samples stay where they were."""
+    mask = {"soft_mask": {"form": "row", "schedule": "linear"}}
+    longer = {"train": {"steps": 12, "micro_batch_size": 4, "global_batch_size": 8}}
+    workers.run(train_run, 1, _config("weak", tiny_data, tmp_path / "run", **mask))
+    workers.run(train_run, 1, _config("weak", tiny_data, tmp_path / "run", **mask, **longer))
+    workers.run(train_run, 1, _config("weak", tiny_data, tmp_path / "longer", **mask, **longer))
+    found, expected = _metrics(tmp_path / "run"), _metrics(tmp_path / "longer")
+    for key in ("step", "lr", "alpha", "tokens"):
+        assert [row[key] for row in found[8:]] == [row[key] for row in expected[8:]]
+    assert found[7]["alpha"] == 1.0
+    assert found[8]["alpha"] == pytest.approx(9 / 12)
+
+
+class _Skip:
+    """Makes the gradient of the first steps NaN, so that no weight has moved when the first checkpoint is written."""
+
+    def before_step(self, trainer: Any, step: int) -> dict[str, float]:
+        if step == 1:
+            parameter = next(iter(trainer.chunks[0].parameters()))
+            parameter.register_hook(lambda gradient: gradient * (float("nan") if trainer.step < 4 else 1.0))
+        return {}
+
+    def after_training(self, trainer: Any) -> None: ...
+
+    def state(self, trainer: Any, step: int) -> dict[str, Any]:
+        return {}
+
+    def restore(self, trainer: Any, state: dict[str, Any]) -> None: ...
+
+
+def _train_skipping(config: RunConfig) -> None:
+    from megatron_conan.train import loop
+
+    trainer = build_test_trainer(config)
+    trainer.hooks["skip"] = _Skip()
+    loop.train(trainer)
+
+
+@pytest.mark.parametrize("layouts", [({}, {"distributed_optimizer": True}), ({"distributed_optimizer": True}, {})])
+def test_a_checkpoint_before_the_first_update_is_one(
+    layouts: tuple[dict[str, Any], dict[str, Any]], workers: WorkerPool, tiny_data: dict[str, Path], tmp_path: Path
+) -> None:
+    """All steps so far were skipped: the optimizer has no state yet, under whatever layout it goes on."""
+    saved, other = layouts
+    workers.run(_train_skipping, 2, _config("pretrain", tiny_data, tmp_path / "run", parallel=saved))
+    expected = _metrics(tmp_path / "run")
+    assert [row.get("skipped_steps") for row in expected] == [1, 2, 3, 4, 4, 4, 4, 4]
+    for parallel in (saved, other):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000008")
+        (tmp_path / "run" / "checkpoints" / "latest").write_text("step_00000004\n", encoding="utf-8")
+        workers.run(train_run, 2, _config("pretrain", tiny_data, tmp_path / "run", parallel=parallel))
+        losses = [[row["loss"] for row in rows[4:]] for rows in (_metrics(tmp_path / "run"), expected)]
+        np.testing.assert_allclose(losses[0], losses[1], rtol=0 if parallel == saved else 1e-5)
 
 
 def test_stages_start_from_each_other(workers: WorkerPool, tiny_data: dict[str, Path], tmp_path: Path) -> None:
