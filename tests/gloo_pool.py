@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -250,3 +251,4 @@ def _destroy_groups() -> None:
         rerun.destroy_rerun_state_machine()
     if dist.is_initialized():
         dist.destroy_process_group()
+    gc.collect()  # a trainer is a ring of references, and holds groups, whose threads would go on
