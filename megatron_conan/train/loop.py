@@ -21,9 +21,11 @@ from megatron_conan.parallel.context import ParallelContext
 from megatron_conan.train.checkpoint import load_checkpoint, load_weights, shape_fields, whole_checkpoint
 from megatron_conan.train.checkpoint_files import find_checkpoint, read_state
 from megatron_conan.train.checkpoint_saving import Checkpointer
-from megatron_conan.train.metrics import MetricsWriter, memory_gib
+from megatron_conan.train.flops import peak_flops, step_flops
+from megatron_conan.train.metrics import MetricsWriter, memory_gib, phase_seconds
 from megatron_conan.train.optim import build_optimizer, wrap_for_training
 from megatron_conan.train.phases import Phases
+from megatron_conan.train.profiling import ProfilerWindow
 from megatron_conan.train.run_folder import open_run_folder
 from megatron_conan.train.setup import Setup
 from megatron_conan.train.skipping import SkippedSteps, save_batch
@@ -127,8 +129,12 @@ def train(trainer: Trainer) -> dict[str, float]:
     checkpointer = Checkpointer(config, context)
     values: dict[str, float] = {}
     try:
-        with StopRequest(config.run_dir, context.rank) as request:
+        with (
+            StopRequest(config.run_dir, context.rank) as request,
+            ProfilerWindow(config.profile, config.run_dir, context.rank) as window,
+        ):
             while trainer.step < config.train.steps:
+                window.before_step(trainer.step + 1)
                 values = one_step(trainer)
                 logged = trainer.step % config.train.log_every == 0 or trainer.step in (1, config.train.steps)
                 if writer is not None and logged:
@@ -169,9 +175,13 @@ def one_step(trainer: Trainer) -> dict[str, float]:
     timing = {
         "tokens_per_second": values["tokens"] / seconds,
         "step_seconds": seconds,
-        **{f"{phase}_seconds": value for phase, value in phases.take().items() if phase not in ("start", "step")},
+        **phase_seconds(phases.take()),
         "memory_gib": memory_gib(setup.context.device),
     }
+    attended_pairs = values.pop("attended_pairs")
+    if (peak := peak_flops(setup.config, setup.context.device)) is not None:
+        flops = step_flops(setup.config, values["tokens"], attended_pairs, causal=alpha == 0.0)
+        timing["mfu"] = flops / (seconds * setup.context.world_size * peak)
     mask = {"alpha": alpha} if setup.config.is_contrastive else {}
     skipped = {"skipped_steps": float(trainer.skipped.total)} if trainer.skipped.total else {}
     first = {"loss": values.pop("loss"), "lr": get_canonical_lr_for_logging(trainer.optimizer.param_groups) or 0.0}

@@ -22,7 +22,22 @@ def memory_gib(device: torch.device) -> float:
     """Peak memory of this process in GiB: of the GPU where there is one, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux hands ru_maxrss of a parent on to what it starts
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) / 2**20  # given in KiB
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def phase_seconds(taken: Mapping[str, float]) -> dict[str, float]:
+    """Metrics of what `Phases.take` gave: a key a phase but for the rest of the loop, and for what took no millisecond."""
+    always = ("data", "forward_backward", "optimizer")
+    return {
+        f"{phase}_seconds": seconds
+        for phase, seconds in taken.items()
+        if phase in always or (phase not in ("start", "step") and seconds >= 1e-3)
+    }
 
 
 class MetricsWriter:
@@ -45,8 +60,8 @@ class MetricsWriter:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Record a step's values."""
-        line = {"step": step, "stage": self.stage, **values}
-        self.stream.write(json.dumps(line) + "\n")
+        finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
+        self.stream.write(json.dumps({"step": step, "stage": self.stage, **finite}, allow_nan=False) + "\n")
         for key, value in values.items():
             if math.isfinite(value):
                 self.tensorboard.add_scalar(key, value, step)
@@ -67,6 +82,10 @@ class MetricsWriter:
             if key in values:
                 parts.append(f"{label} {values[key]:.2f}")
         parts.append(f"{values['tokens_per_second']:,.0f} tokens/s")
+        if "mfu" in values:
+            parts.append(f"{values['mfu']:.0%} MFU")
+        if "skipped_steps" in values:
+            parts.append(f"{values['skipped_steps']:.0f} skipped")
         parts.append(f"{clock(elapsed)} elapsed, {clock(remaining)} left")
         print(" | ".join(parts), file=sys.stderr, flush=True)
 
