@@ -296,7 +296,7 @@ class Contrastive:
         attended = step.num_tokens
         if not computes_packed(self.setup.config.attention.backend, attention_case(self.setup.config, context.device)):
             attended = sum(len(batch.sequences.to_padded) for batch in step.micro_batches)
-        report.totals["tokens"] = float(step.num_tokens)
+        report.totals |= {"tokens": float(step.num_tokens), "attended_pairs": step.attended_pairs}
         report.means["wasted_tokens"] = (computed - step.num_tokens, computed)
         report.means["attention_padding"] = (attended - step.num_tokens, attended)
         report.means["truncated_texts"] = (step.num_truncated, sum(step.num_embedded))

@@ -106,7 +106,10 @@ def _weights(config: RunConfig) -> list[float]:
 def _loss(batch: LMBatch, losses: Tensor) -> tuple[Tensor, Tensor, Any]:
     """Sum of token losses, their count (megatron-core divides once by the global count), and the report."""
     total, count = masked_sum(losses, batch.loss_mask)
+    lengths = batch.lengths.double()
+    seen = torch.stack([total.detach().double(), count.double(), lengths.sum(), lengths.square().sum()])
+    loss, num_labels, num_tokens, attended_pairs = seen.tolist()  # the device is waited for once
     report = StepReport(
-        means={"loss": (total.detach().item(), count.item())}, totals={"tokens": float(batch.lengths.sum().item())}
+        means={"loss": (loss, num_labels)}, totals={"tokens": num_tokens, "attended_pairs": attended_pairs}
     )
     return total, count, report

@@ -36,6 +36,8 @@ class PairStep:
     """[all texts] numbers of the texts in the order in which the ranks embed them."""
     num_tokens: int
     """Tokens of this rank's texts."""
+    attended_pairs: float
+    """Sum of the squares of their lengths: what attention costs grows with it."""
     num_truncated: int
     """Texts of this rank that lost tokens."""
 
@@ -130,6 +132,7 @@ class Pairs:
             sizes=[len(share) for share in dealt],
             gathered=np.concatenate(dealt),
             num_tokens=int(texts.lengths[own].sum()),
+            attended_pairs=float(np.square(texts.lengths[own], dtype=np.float64).sum()),
             num_truncated=int(texts.truncated[own].sum()),
         )
 

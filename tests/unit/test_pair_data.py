@@ -321,7 +321,7 @@ def test_what_a_step_costs_is_counted(builder, tokenizer, name):
         report = Contrastive(setup, data).settle(step, own).report
         computed = sum(-(-int(m.sequences.lengths.sum()) // 8) * 8 for m in step.micro_batches)
         attended = sum(g.num_texts * g.width for m in step.micro_batches for g in m.sequences.groups)
-        assert report.totals["tokens"] == sum(raw)
+        assert report.totals == {"tokens": sum(raw), "attended_pairs": sum(length**2 for length in raw)}
         assert report.means["truncated_texts"] == (truncated, batch.num_texts)
         assert report.means["wasted_tokens"] == (computed - sum(raw), computed)
         assert report.means["attention_padding"] == (attended - sum(raw), attended)
