@@ -26,9 +26,13 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 MAX_WORKERS = 4
 # A rank that failed breaks its peers' connections; they get this long to notice before the pool is killed.
 GRACE_SECONDS = 20.0
+# A process without groups has about a dozen; looking for what keeps groups alive takes a fraction of a second.
+USUAL_THREADS = 40
 # The processes stay on the CPU also where there is a GPU; one thread each, so that they share few cores well.
 WORKER_ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -252,3 +256,17 @@ def _destroy_groups() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     gc.collect()  # a trainer is a ring of references, and holds groups, whose threads would go on
+    if psutil.Process().num_threads() > USUAL_THREADS:
+        _free_sharded_optimizers()
+
+
+def _free_sharded_optimizers() -> None:
+    """Cut the cycles that keep a sharded optimizer alive, and with it the model, the groups and dozens of busy threads.
+
+    Its shards are views of parameters with a history, which leads, through C++, where Python's garbage collector sees
+    nothing, back to the hooks on these parameters.
+    """
+    for thing in gc.get_objects():
+        if type(thing).__name__ == "DistributedOptimizer":
+            vars(thing).clear()
+    gc.collect()

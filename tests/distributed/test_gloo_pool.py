@@ -3,11 +3,16 @@
 import os
 import time
 import traceback
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
-from gloo_pool import WorkerPool
+from gloo_pool import USUAL_THREADS, WorkerPool
+from layouts import tiny_config, train_run
+
+from megatron_conan.config import RunConfig
 
 
 def sum_of_ranks(offset: int) -> tuple[int, int, float]:
@@ -73,3 +78,24 @@ def tensor_parallel_ranks(tensor_parallel: int) -> list[int]:
 def test_megatron_groups_are_gone_after_a_run(workers: WorkerPool) -> None:
     assert workers.run(tensor_parallel_ranks, 2, 2) == [[0, 1], [0, 1]]
     assert workers.run(tensor_parallel_ranks, 2, 1) == [[0], [1]]
+
+
+def train_and_count_threads(config: RunConfig) -> int:
+    train_run(config)
+    return psutil.Process().num_threads()
+
+
+def count_threads() -> int:
+    return psutil.Process().num_threads()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_threads_of_a_sharded_optimizer_are_gone_after_a_run(
+    precision: str, workers: WorkerPool, tiny_data: dict[str, Path], tmp_path: Path
+) -> None:
+    """They would be hundreds after some such runs, and busy ones."""
+    train = {"steps": 1, "precision": precision}
+    config = tiny_config("pretrain", tiny_data, tmp_path / "run", parallel={"distributed_optimizer": True}, train=train)
+    during = workers.run(train_and_count_threads, 2, config)
+    assert min(during) > USUAL_THREADS
+    assert max(workers.run(count_threads, 2)) < USUAL_THREADS
