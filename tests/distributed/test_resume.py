@@ -59,6 +59,30 @@ def test_resumed_equals_uninterrupted(
         np.testing.assert_array_equal(found[name], array, err_msg=name)
 
 
+@pytest.mark.parametrize(("stage", "name"), [("pretrain", "lm.bin"), ("finetune", "pairs.negatives.npy")])
+def test_a_run_whose_data_changed_is_refused(
+    stage: str, name: str, workers: WorkerPool, tiny_data: dict[str, Path], tmp_path: Path
+) -> None:
+    """Some tokens, or one id, are others. With the old file back the run goes on; another run may train on the new one."""
+    folder = tmp_path / "data"
+    shutil.copytree(tiny_data["lm"].parent, folder)
+    files = {key: folder / path.name for key, path in tiny_data.items()}
+    train = {"steps": 2, "micro_batch_size": 4, "global_batch_size": 8}
+    config = _config(stage, files, tmp_path / "run", train=train, checkpoint={"every": 1})
+    workers.run(train_run, 2, config)
+    (tmp_path / "run" / "checkpoints" / "latest").write_text("step_00000001\n", encoding="utf-8")
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[:-8] + bytes(8))
+    assert (folder / name).read_bytes() != content
+    with pytest.raises(ValueError, match="the data changed since the run began") as error:
+        workers.run(train_run, 2, config)
+    assert f"data.sources.0: {name} has other content of the same size. Bring the old files back" in str(error.value)
+    assert [row["step"] for row in _metrics(tmp_path / "run")] == [1, 2], "nothing is touched"
+    workers.run(train_run, 2, config.model_copy(update={"run_dir": tmp_path / "other"}))
+    (folder / name).write_bytes(content)
+    workers.run(train_run, 2, config)
+
+
 def test_more_steps_on_resume_are_a_run_of_that_many_steps_from_there(
     workers: WorkerPool, tiny_data: dict[str, Path], tmp_path: Path
 ) -> None:
