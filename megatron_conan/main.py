@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,12 +23,22 @@ ROOT = Path(__file__).resolve().parent.parent
 SECONDS_FOR_RANK_0 = 5.0
 """What other ranks wait before they tell a mistake themselves: torchrun ends all ranks as soon as one has ended."""
 
+LOST = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "broken pipe",
+    "connection was closed",
+    "remote process exited",
+)
+"""What gloo and NCCL say when the rank at the other end is gone."""
+
 
 def main(stage: str, argv: Sequence[str]) -> int:
     """Run a stage: `torchrun launch/STAGE.sh --config FILE [section.key=value ...]`.
 
     Returns:
-        Exit status: 0, or 2 after a user's mistake, told in one message a node.
+        Exit status: 0 for a run that has ended or was stopped on request, 2 after a user's mistake, 1 after anything else. What
+        went wrong is told in one message a node, with a traceback if it is an error of the program.
     """
     parser = argparse.ArgumentParser(
         prog=f"launch/{stage}.sh", description=f"Stage {stage} of the Conan-embedding recipe."
@@ -42,12 +53,59 @@ def main(stage: str, argv: Sequence[str]) -> int:
             raise ValueError(f"{arguments.config} is of stage={config.stage}; start it with launch/{config.stage}.sh")
         run(config)
     except (ValueError, ImportError) as error:
-        if os.environ.get("LOCAL_RANK", "0") != "0":
-            # local rank 0 tells the same, and torchrun then ends this process; if it doesn't, the mistake is this rank's own
-            time.sleep(SECONDS_FOR_RANK_0)
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        _tell(error)
+        return _leave(2)
+    except Exception as error:
+        _report_failure(error)
+        return _leave(1)
     return 0
+
+
+def _report_failure(error: Exception) -> None:
+    """Tell of what went wrong while training."""
+    import torch
+
+    rank = os.environ.get("RANK", "0")
+    if isinstance(error, (OSError, FloatingPointError)):  # of a checkpoint, of the loss: the same on all ranks
+        _tell(error)
+    elif isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+        told = str(error).splitlines()[0] if str(error) else "no memory left"
+        print(
+            f"error: rank {rank} is out of memory: {told} Lower train.micro_batch_tokens or train.micro_batch_size, or raise "
+            "parallel.tensor or parallel.pipeline",
+            file=sys.stderr,
+        )
+    elif is_loss_of_a_rank(error):
+        print(
+            f"rank {rank} ends: it lost the connection to another rank ({str(error).splitlines()[0]})", file=sys.stderr
+        )
+    else:
+        print(f"rank {rank} fails:\n{''.join(traceback.format_exception(error))}", end="", file=sys.stderr)
+
+
+def _leave(status: int) -> int:
+    """End a rank with others at once: taking groups down may wait for ranks that wait for this one."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        os._exit(status)
+    return status
+
+
+def is_loss_of_a_rank(error: BaseException) -> bool:
+    """Whether a collective failed since another rank is gone, which then has the reason to tell."""
+    import torch.distributed as dist
+
+    told = str(error).lower()
+    return isinstance(error, (dist.DistError, RuntimeError)) and any(words in told for words in LOST)
+
+
+def _tell(error: Exception) -> None:
+    """One line for all ranks of a node."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        # local rank 0 tells the same, and torchrun then ends this process; if it doesn't, the mistake is this rank's own
+        time.sleep(SECONDS_FOR_RANK_0)
+    print(f"error: {error}", file=sys.stderr, flush=True)
 
 
 def run(config: RunConfig) -> dict[str, float]:
@@ -75,11 +133,10 @@ def run(config: RunConfig) -> dict[str, float]:
 
     check_start(config, tokenizer.sha256)
     device = initialize_distributed()
-    try:
-        setup = Setup(config, build_context(config.parallel, device), tokenizer)
-        return train(build_trainer(setup, build_hooks(setup)))
-    finally:
-        destroy_context()
+    setup = Setup(config, build_context(config.parallel, device), tokenizer)
+    values = train(build_trainer(setup, build_hooks(setup)))
+    destroy_context()
+    return values
 
 
 def build_hooks(setup: Setup) -> dict[str, Hook]:

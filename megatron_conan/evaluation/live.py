@@ -17,7 +17,7 @@ from megatron_conan.mining.encode import encode_texts
 from megatron_conan.train.loop import Trainer
 from megatron_conan.train.pair_data import pad_multiple
 from megatron_conan.train.run_folder import write_atomically
-from megatron_conan.train.step import embed_texts, evaluating
+from megatron_conan.train.step import evaluating
 
 
 def live_embedder(trainer: Trainer, max_tokens: int) -> EmbedTexts:
@@ -33,7 +33,7 @@ def live_embedder(trainer: Trainer, max_tokens: int) -> EmbedTexts:
         sequences = [formatter.format(ids, kind, name) for ids in tokenizer.encode_batch(texts)]
         with evaluating(trainer.chunks):
             return encode_texts(
-                lambda micro_batches: embed_texts(trainer.chunks, micro_batches, context),
+                trainer.embed,
                 sequences,
                 context,
                 width=config.embedding_dim,

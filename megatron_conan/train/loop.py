@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -15,6 +16,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
 
 from megatron_conan.data.fingerprint import Fingerprints, check_same_data, data_fingerprints
+from megatron_conan.data.packing import PackedTexts
 from megatron_conan.model.conan import build_model
 from megatron_conan.model.mask import SoftMask
 from megatron_conan.parallel.context import ParallelContext
@@ -30,8 +32,9 @@ from megatron_conan.train.run_folder import open_run_folder
 from megatron_conan.train.setup import Setup
 from megatron_conan.train.skipping import SkippedSteps, save_batch
 from megatron_conan.train.stages import STAGES, StageParts
-from megatron_conan.train.step import train_step
+from megatron_conan.train.step import embed_texts, train_step
 from megatron_conan.train.stopping import StopRequest, stop_file
+from megatron_conan.train.watchdog import Watchdog
 
 
 class Hook(Protocol):
@@ -67,6 +70,11 @@ class Trainer:
     """Steps done."""
     skipped: SkippedSteps = field(default_factory=SkippedSteps)
     phases: Phases = field(default_factory=Phases)
+
+    def embed(self, micro_batches: Sequence[PackedTexts]) -> torch.Tensor:
+        """`embed_texts` by the live weights, with a sign of life."""
+        self.phases.touch()
+        return embed_texts(self.chunks, micro_batches, self.setup.context)
 
 
 def build_trainer(setup: Setup, hooks: dict[str, Hook]) -> Trainer:
@@ -131,6 +139,7 @@ def train(trainer: Trainer) -> dict[str, float]:
     try:
         with (
             StopRequest(config.run_dir, context.rank) as request,
+            Watchdog(trainer.phases, config.watchdog, context, lambda: request.signalled_at),
             ProfilerWindow(config.profile, config.run_dir, context.rank) as window,
         ):
             while trainer.step < config.train.steps:
@@ -143,8 +152,7 @@ def train(trainer: Trainer) -> dict[str, float]:
                     break
             with trainer.phases.within("checkpoint"):
                 checkpointer.finish()
-        if trainer.step == config.train.steps:
-            for name, hook in trainer.hooks.items():
+            for name, hook in trainer.hooks.items() if trainer.step == config.train.steps else ():
                 with trainer.phases.within(name):
                     hook.after_training(trainer)
     finally:

@@ -25,7 +25,7 @@ from megatron_conan.train.loop import Trainer
 from megatron_conan.train.pair_data import Pairs
 from megatron_conan.train.run_folder import write_atomically
 from megatron_conan.train.setup import Setup
-from megatron_conan.train.step import embed_texts, evaluating
+from megatron_conan.train.step import evaluating
 
 
 class MiningHook:
@@ -129,7 +129,7 @@ class MiningHook:
             with evaluating(trainer.chunks):
                 result = remine(
                     store,
-                    lambda micro_batches: embed_texts(trainer.chunks, micro_batches, context),
+                    trainer.embed,
                     context,
                     self.setup.tokenizer,
                     settings,

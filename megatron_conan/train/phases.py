@@ -23,6 +23,12 @@ class Phases:
     """time.monotonic() at which the phase was entered, or gone back to."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Phase -> seconds since `take`."""
+    progress: int = 0
+    """Grows with every change of phase, and every `touch`."""
+
+    def touch(self) -> None:
+        """Something got done within the phase: long ones say so, or they would seem to hang."""
+        self.progress += 1
 
     @contextlib.contextmanager
     def within(self, phase: str) -> Iterator[None]:
@@ -44,3 +50,4 @@ class Phases:
         now = time.monotonic()
         self.seconds[self.phase] = self.seconds.get(self.phase, 0.0) + now - self.since
         self.phase, self.since = phase, now
+        self.progress += 1
