@@ -19,6 +19,8 @@ from megatron_conan.train.run_folder import write_atomically
 
 SUMS = "SHA256SUMS"
 STATE = "conan.json"
+NEEDED = ("*.distcp", ".metadata", "common.pt", "metadata.json")
+"""What megatron-core reads."""
 
 
 def checkpoint_name(step: int) -> str:
@@ -38,7 +40,7 @@ def saved_checkpoints(run_dir: Path) -> list[Path]:
     """
     folders = sorted((x for x in (run_dir / "checkpoints").glob("step_*") if x.is_dir()), reverse=True)
     latest = run_dir / "checkpoints" / "latest"
-    named = latest.read_text(encoding="utf-8").strip() if latest.exists() else ""
+    named = latest.read_text(encoding="utf-8", errors="replace").strip() if latest.exists() else ""
     names = [folder.name for folder in folders]
     return folders[names.index(named) :] if named in names else folders
 
@@ -77,12 +79,12 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def is_readable(folder: Path) -> bool:
-    """Whether `read_state` can read it; `find_damage` looks at everything."""
+    """Whether `read_state` can be believed: the state is as it was written. `find_damage` looks at everything."""
     try:
-        read_state(folder)
-    except (OSError, ValueError):
+        line = f"{file_sum(folder / STATE)}  {STATE}"
+        return line in (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
         return False
-    return True
 
 
 def file_sum(file: Path) -> str:
@@ -92,10 +94,14 @@ def file_sum(file: Path) -> str:
 
 
 def seal(folder: Path, sums: Mapping[str, str]) -> None:
-    """Write SHA256SUMS over all files of a checkpoint; those that `sums` lacks are read."""
+    """Write SHA256SUMS over all files of a checkpoint; those that `sums` lacks are read, and synced to the disk."""
     names = sorted(file.name for file in folder.iterdir() if file.name != SUMS)
+    for name in names:
+        if name not in sums:
+            sync(folder / name)
     lines = [f"{sums.get(name) or file_sum(folder / name)}  {name}\n" for name in names]
     write_atomically(folder / SUMS, "".join(lines))
+    sync(folder)
 
 
 def find_damage(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
@@ -109,8 +115,11 @@ def find_damage(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
     sums = folder / SUMS
     if not sums.exists():
         return [f"{SUMS} is missing"] if part == 0 else []
-    found = []
-    for i, line in enumerate(sums.read_text(encoding="utf-8", errors="replace").splitlines()):
+    lines = sums.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
+    listed = {line.partition("  ")[2] for line in lines}
+    needed = sorted({STATE, *(file.name for pattern in NEEDED for file in folder.glob(pattern))})
+    found = [f"{name} isn't listed in {SUMS}" for name in needed if part == 0 and name not in listed]
+    for i, line in enumerate(lines):
         if i % parts != part:
             continue
         expected, separator, name = line.partition("  ")
@@ -134,7 +143,7 @@ def commit(folder: Path, keep_last: int, keep_every: int | None) -> None:
     """
     shutil.rmtree(folder, ignore_errors=True)  # the one of an earlier attempt, damaged or left behind by a step back
     temporary_folder(folder).replace(folder)
-    sync_folder(folder.parent)
+    sync(folder.parent)
     write_atomically(folder.parent / "latest", folder.name + "\n")
     earlier = sorted(old for old in folder.parent.glob("step_*") if old.name <= folder.name)
     for old in earlier[:-keep_last]:
@@ -142,9 +151,9 @@ def commit(folder: Path, keep_last: int, keep_every: int | None) -> None:
             shutil.rmtree(old)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make a file's content, or renames in a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -6,9 +6,12 @@ one is being written at a time.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -27,7 +30,10 @@ from megatron_conan.train.checkpoint_files import STATE, checkpoint_name, commit
 from megatron_conan.train.checkpoint_worker import Written, write_buckets
 from megatron_conan.train.checkpoint_writer import BackgroundWriter, can_write_in_background
 from megatron_conan.train.optimizer_state import OPTIMIZER_SHARDING
-from megatron_conan.train.run_folder import write_atomically
+from megatron_conan.train.run_folder import WriteError, write_atomically
+
+TORCH_WRITES = ("inline_container", "iostream")
+"""What torch names instead of a full disk, in RuntimeErrors."""
 
 
 @dataclass
@@ -72,20 +78,17 @@ class Checkpointer:
         self.finish()
         folder = self._folder / checkpoint_name(step)
         temporary = temporary_folder(folder)
-        if self._context.rank == 0:
-            for left in self._folder.glob(".step_*.tmp"):  # of this one, or of a run that was killed
-                shutil.rmtree(left)
-            temporary.mkdir(parents=True)
-        self._context.barrier()
+        self._on_rank_0(folder, partial(_make_way, temporary))
         # Results are handed over in this process: megatron-core's own queue is a process that lives on when this one is killed.
         results: SimpleQueue[Any] = SimpleQueue()
         filesystem_async._results_queue = results
-        request = dist_checkpointing.save(
-            sharded_state(chunks, optimizer, is_loading=False),
-            str(temporary),
-            content_metadata=dict(OPTIMIZER_SHARDING),
-            async_sharded_save=True,
-        )
+        with self._giving_up(folder):
+            request = dist_checkpointing.save(
+                sharded_state(chunks, optimizer, is_loading=False),
+                str(temporary),
+                content_metadata=dict(OPTIMIZER_SHARDING),
+                async_sharded_save=True,
+            )
         assert request is not None
         self._saving = _Saving(folder, request, results, {"step": step, **state})
         buckets, transforms = _work(request)
@@ -124,31 +127,62 @@ class Checkpointer:
             saving.written = self._writer.result()
         parts: list[Any] = [None] * self._context.world_size
         dist.all_gather_object(parts, (saving.written.sums, saving.written.error), group=self._context.world_group)
-        errors = {rank: error for rank, (_, error) in enumerate(parts) if error is not None}
-        try:
+        folder, temporary = saving.folder, temporary_folder(saving.folder)
+        errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(parts) if error is not None]
+        with self._giving_up(folder):
             if errors:
-                rank, error = next(iter(errors.items()))
-                raise OSError(f"checkpoint {saving.folder} could not be written by rank {rank}: {error}")
+                raise WriteError(f"checkpoint {folder}", self._folder, errors[0])
             if saving.written.results:
                 saving.results.put(saving.written.results)
             for finalize in saving.request.finalize_fns:  # megatron-core's index of all files
                 finalize()
-            if self._context.rank == 0:
-                temporary = temporary_folder(saving.folder)
-                write_atomically(temporary / STATE, json.dumps(saving.state, indent=2) + "\n")
-                seal(temporary, {name: total for sums, _ in parts for name, total in sums.items()})
-                commit(saving.folder, self._settings.keep_last, self._settings.keep_every)
-        except OSError:
-            if self._context.rank == 0:
-                shutil.rmtree(temporary_folder(saving.folder), ignore_errors=True)
-            raise
-        self._context.barrier()
+
+        def name_it() -> None:
+            write_atomically(temporary / STATE, json.dumps(saving.state, indent=2) + "\n")
+            seal(temporary, {name: total for sums, _ in parts for name, total in sums.items()})
+            commit(folder, self._settings.keep_last, self._settings.keep_every)
+
+        self._on_rank_0(folder, name_it)
 
     def close(self) -> None:
         """End the process that writes. What it is writing and `finish` hasn't named is given up; any rank may call."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+
+    def _on_rank_0(self, folder: Path, work: Callable[[], None]) -> None:
+        """Have rank 0 see to files while the others wait; all raise OSError if it can't."""
+        told: list[str | None] = [None]
+        if self._context.rank == 0:
+            try:
+                with self._giving_up(folder):
+                    work()
+            except OSError as error:
+                told = [str(error)]
+        dist.broadcast_object_list(told, src=0, group=self._context.world_group, device=self._context.device)
+        if told[0] is not None:
+            raise OSError(told[0])
+
+    @contextlib.contextmanager
+    def _giving_up(self, folder: Path) -> Iterator[None]:
+        """What the disk refuses is told as such, with nothing half-written left behind."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:
+            if not isinstance(error, OSError) and not any(word in str(error) for word in TORCH_WRITES):
+                raise
+            if self._context.rank == 0:
+                shutil.rmtree(temporary_folder(folder), ignore_errors=True)
+            if isinstance(error, WriteError):
+                raise
+            raise WriteError(f"checkpoint {folder}", self._folder, error) from error
+
+
+def _make_way(temporary: Path) -> None:
+    """An empty folder, and nothing left of earlier ones: of this checkpoint, or of a run that was killed."""
+    for left in temporary.parent.glob(".step_*.tmp"):
+        shutil.rmtree(left)
+    temporary.mkdir(parents=True)
 
 
 def _work(request: AsyncRequest) -> tuple[list[Any], list[Any]]:

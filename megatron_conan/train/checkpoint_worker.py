@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from megatron_conan.train.checkpoint_files import file_sum
+from megatron_conan.train.checkpoint_files import file_sum, sync
 
 LENGTH = struct.Struct("<Q")
 REQUEST = struct.Struct("<iQQQ")
@@ -73,9 +73,19 @@ def write_buckets(buckets: list[Any], transforms: list[Any]) -> Written:
         answers = list(pool.map(lambda i: _write_bucket(i, buckets[i], transforms), range(len(buckets))))
     errors = [answer for answer in answers if isinstance(answer, Exception)]
     if errors:
-        return Written({}, {}, f"{type(errors[0]).__name__}: {errors[0]}")
+        return Written({}, {}, _reason(errors[0]))
+    for path, _, _ in buckets:
+        sync(Path(path))  # megatron-core syncs before the last of its buffer is written
     sums = {Path(path).name: file_sum(Path(path)) for path, _, _ in buckets}
     return Written(dict(enumerate(answers)), sums)
+
+
+def _reason(error: BaseException) -> str:
+    """The system's error behind one of torch, which names positions in its file where the disk is full."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return f"{type(cause or error).__name__}: {cause or error}"
 
 
 def _write_bucket(index: int, bucket: Any, transforms: list[Any]) -> Any:
@@ -88,9 +98,8 @@ def _write_bucket(index: int, bucket: Any, transforms: list[Any]) -> Any:
     return results.get()[1]
 
 
-def main() -> None:
-    """Serve the rank that started this process."""
-    rank = os.getppid()
+def main(rank: int) -> None:
+    """Serve the rank that started this process; `rank` is its process id."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != rank:
         return  # it died meanwhile
@@ -119,7 +128,7 @@ def _serve(rank: int, requests: BinaryIO, answers: BinaryIO) -> None:
         try:
             written = write_buckets([_with_tensors(bucket, buffer) for bucket in buckets], transforms)
         except Exception as error:  # whatever it is, the rank must hear of it
-            written = Written({}, {}, f"{type(error).__name__}: {error}")
+            written = Written({}, {}, _reason(error))
         answer = pickle.dumps(written)
         answers.write(LENGTH.pack(len(answer)) + answer)
         answers.flush()

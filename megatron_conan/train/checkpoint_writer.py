@@ -34,7 +34,12 @@ class BackgroundWriter:
         self._descriptor = -1
         self._buffer: mmap.mmap | None = None
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", "from megatron_conan.train.checkpoint_worker import main; main()"],
+            [
+                sys.executable,
+                "-P",
+                "-c",
+                f"from megatron_conan.train.checkpoint_worker import main; main({os.getpid()})",
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},

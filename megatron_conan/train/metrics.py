@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_conan.train.run_folder import write_atomically
+from megatron_conan.train.run_folder import write_atomically, writing
 
 PROGRESS_SECONDS = 5.0
 """Least time between two progress lines."""
@@ -55,16 +55,19 @@ class MetricsWriter:
         if self.file.exists():
             write_atomically(self.file, _lines_up_to(self.file, resumed_step))
         self.stream = self.file.open("a", encoding="utf-8", buffering=1)
-        self.tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_step + 1)
+        self.tensorboard_dir = run_dir / "tensorboard"
+        self.tensorboard = SummaryWriter(str(self.tensorboard_dir), purge_step=resumed_step + 1)
         self.started, self.first_step, self.last_progress = time.monotonic(), resumed_step, 0.0
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Record a step's values."""
+        """Record a step's values. Raises WriteError where the disk is full."""
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
-        self.stream.write(json.dumps({"step": step, "stage": self.stage, **finite}, allow_nan=False) + "\n")
-        for key, value in values.items():
-            if math.isfinite(value):
-                self.tensorboard.add_scalar(key, value, step)
+        with writing(self.file):
+            self.stream.write(json.dumps({"step": step, "stage": self.stage, **finite}, allow_nan=False) + "\n")
+        with writing(self.tensorboard_dir):
+            for key, value in values.items():
+                if math.isfinite(value):
+                    self.tensorboard.add_scalar(key, value, step)
         now = time.monotonic()
         if now - self.last_progress >= PROGRESS_SECONDS or step in (1, self.steps):
             self.last_progress = now
@@ -72,8 +75,12 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flush and close."""
-        self.stream.close()
-        self.tensorboard.close()
+        try:
+            with writing(self.file):
+                self.stream.close()
+        finally:
+            with writing(self.tensorboard_dir):
+                self.tensorboard.close()
 
     def _progress(self, step: int, values: Mapping[str, float], elapsed: float) -> None:
         remaining = elapsed / max(step - self.first_step, 1) * (self.steps - step)

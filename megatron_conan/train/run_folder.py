@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib.metadata
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +33,45 @@ NUMERIC_PACKAGES = ("torch", "megatron-core", "numpy", "faiss-cpu", "faiss-gpu")
 """Those of another version of which a run's numbers may differ."""
 
 
+class WriteError(OSError):
+    """Something of a run could not be written; says what, why and what to do."""
+
+    def __init__(self, what: object, folder: Path, error: object) -> None:
+        """`folder` is one that is there, on the same file system."""
+        free = shutil.disk_usage(folder).free / 2**20
+        super().__init__(
+            f"{what} could not be written: {error} ({free:,.1f} MiB are free there). Make room, then start the same command "
+            "again: it goes on from the last checkpoint"
+        )
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """The body writes `path`. Raises WriteError if there is no room on the disk, or in a quota."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise WriteError(path, path.parent, error) from error
+        raise
+
+
 def write_atomically(file: Path, text: str) -> None:
-    """Write a file under a temporary name and rename it: it is whole or not there, after a power cut too."""
+    """Write a file under a temporary name and rename it: it is whole or not there, after a power cut too.
+
+    Raises:
+        WriteError: if there is no room; nothing is left then.
+    """
     temporary = file.with_name(f".{file.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
+    try:
+        with writing(file), temporary.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def check_run_folder(config: RunConfig) -> None:

@@ -230,7 +230,7 @@ def test_a_writer_that_dies_fails_its_checkpoint_only(
     config = _config("pretrain", tiny_data, tmp_path / "run", asynchronous=True)
     messages = workers.run(_train_with_a_dead_writer, 2, config, 1)
     found = re.match(
-        r"checkpoint .*step_0000000(\d) could not be written by rank 1: the process that .* has died", messages[0]
+        r"checkpoint .*step_0000000(\d) could not be written: rank 1: the process that .* has died", messages[0]
     )
     assert found, messages
     assert messages[0] == messages[1]
