@@ -270,7 +270,7 @@ class Contrastive:
         """
         batch, context = step.batches[0], self.setup.context
         mining, table = self.setup.config.mining, self.data.negatives.get(batch.store.name)
-        if mining is None or not self.data.negatives:
+        if mining is None or step.step is None or not self.data.negatives:
             return {}
         mined = batch.slots >= 0  # none in a batch of a source that is not mined
         similarity = torch.empty(int(mined.sum()), dtype=torch.float32, device=context.device)

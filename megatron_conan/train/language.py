@@ -18,6 +18,7 @@ from megatron_conan.data.pairs import PairStore
 from megatron_conan.data.sampler import SourceSchedule, dp_slice, sample_indices
 from megatron_conan.data.sft import SFTDataset, sft_batch
 from megatron_conan.loss.lm import masked_sum
+from megatron_conan.train.largest_batch import LargestBatch, max_in_flight
 from megatron_conan.train.pair_data import source_weights
 from megatron_conan.train.setup import Setup
 from megatron_conan.train.step import LossFunction, StepReport, run_schedule
@@ -46,6 +47,10 @@ class PackedDocuments:
         parts = _micro_batches(np.arange(start, start + self.batch_size), self.setup)
         return [lm_batch(self.dataset, part).to(self.setup.context.device) for part in parts]
 
+    def largest_batch(self) -> LargestBatch:
+        """Of the size that all have."""
+        return _largest_batch(self.batch(1), self.setup)
+
 
 class Instructions:
     """SFT data: prompt, output and EOS a sequence; one source a global batch."""
@@ -67,6 +72,10 @@ class Instructions:
         rows = sample_indices(len(dataset), train.seed, start, train.global_batch_size)
         parts = _micro_batches(rows, self.setup)
         return [sft_batch(dataset, part).to(self.setup.context.device) for part in parts]
+
+    def largest_batch(self) -> LargestBatch:
+        """Of the size that all have: they are padded."""
+        return _largest_batch(self.batch(1), self.setup)
 
 
 class LanguageModelling:
@@ -96,6 +105,13 @@ def _micro_batches(indices: np.ndarray, setup: Setup) -> list[np.ndarray]:
     size = setup.config.train.micro_batch_size
     assert size is not None
     return dp_slice(indices, setup.context.dp_rank, setup.context.dp_size, size)
+
+
+def _largest_batch(micro_batches: list[LMBatch], setup: Setup) -> LargestBatch:
+    """As many of a step's micro-batches as the pipeline holds at once."""
+    kept = micro_batches[: max_in_flight(setup.context, setup.config.parallel.virtual_pipeline is not None)]
+    num_tokens = sum(batch.tokens.numel() for batch in kept)
+    return LargestBatch(kept, len(kept), num_tokens, longest=setup.config.seq_length)
 
 
 def _weights(config: RunConfig) -> list[float]:

@@ -14,6 +14,8 @@ from megatron_conan.data.pair_batch import PairBatch, build_pair_batch
 from megatron_conan.data.pairs import PairStore
 from megatron_conan.data.sampler import SourceSchedule, sample_indices
 from megatron_conan.mining.table import NegativesTable
+from megatron_conan.model.attention import attention_case, computes_packed
+from megatron_conan.train.largest_batch import LargestBatch, LargestRows, largest_parts, max_in_flight, most_a_row
 from megatron_conan.train.setup import Setup
 
 
@@ -21,8 +23,8 @@ from megatron_conan.train.setup import Setup
 class PairStep:
     """A step's global batch, and this rank's share of its texts."""
 
-    step: int
-    """Number of the step, from 1."""
+    step: int | None
+    """Number of the step, from 1; None for a dry run, of which the negatives hear nothing."""
     batches: list[PairBatch]
     """The rows of one source; with `contrastive.batch_balance` also those of an sts source. Their texts are counted
     through: queries, then documents, batch after batch."""
@@ -93,18 +95,59 @@ class Pairs:
 
     def batch(self, step: int) -> PairStep:
         """Step `step` (from 1). Negatives are those in use at this moment."""
-        config, context = self.setup.config, self.setup.context
+        context = self.setup.context
         batches = [stream.batch(step) for stream in self._streams]
         texts = _Texts(self, batches)
         dealt = deal_texts(texts.lengths, context.dp_size)
+        lengths = texts.lengths[dealt[context.dp_rank]]
+        parts = split_texts(lengths, self.setup.config.train.micro_batch_tokens, self._num_parts(batches))
+        return self._packed(step, batches, texts, dealt, parts)
+
+    def largest_batch(self) -> LargestBatch:
+        """A batch as large as any of the run: of the source with most tokens, all texts as long as its longest."""
+        config, context = self.setup.config, self.setup.context
+        rows = [stream.largest_rows() for stream in self._streams]
+        batches, longest = [each.batch() for each in rows], np.concatenate([each.lengths for each in rows])
+        dealt = deal_texts(longest, context.dp_size)
         own = dealt[context.dp_rank]
-        train = config.train
-        num_parts = None
-        if train.micro_batch_tokens is None:
-            assert train.micro_batch_size is not None
-            num_rows = sum(len(batch.rows) for batch in batches)
-            num_parts = -(-num_rows // (train.micro_batch_size * context.dp_size))
-        parts = [own[part] for part in split_texts(texts.lengths[own], train.micro_batch_tokens, num_parts)]
+        num_full = max_in_flight(context, config.parallel.virtual_pipeline is not None)
+        parts, lengths = largest_parts(
+            longest[own],
+            num_full,
+            max_tokens=config.train.micro_batch_tokens,
+            num_parts=self._num_parts(batches),
+            is_padded=not computes_packed(config.attention.backend, attention_case(config, context.device)),
+        )
+        texts = _MeaninglessTexts(longest, self.setup.tokenizer.size)
+        texts.lengths[own] = lengths
+        full = parts[:num_full]
+        return LargestBatch(
+            self._packed(None, batches, texts, dealt, parts),
+            num_micro_batches=len(full),
+            num_tokens=sum(int(lengths[part].sum()) for part in full),
+            longest=int(longest.max()),
+        )
+
+    def _num_parts(self, batches: list[PairBatch]) -> int | None:
+        """Micro-batches of a step, where their tokens are not given."""
+        train = self.setup.config.train
+        if train.micro_batch_size is None:
+            return None
+        num_rows = sum(len(batch.rows) for batch in batches)
+        return -(-num_rows // (train.micro_batch_size * self.setup.context.dp_size))
+
+    def _packed(
+        self,
+        step: int | None,
+        batches: list[PairBatch],
+        texts: _Texts | _MeaninglessTexts,
+        dealt: list[np.ndarray],
+        parts: list[np.ndarray],
+    ) -> PairStep:
+        """`dealt`: texts of each data-parallel rank; `parts`: places of each micro-batch's texts among this rank's."""
+        config, context = self.setup.config, self.setup.context
+        own = dealt[context.dp_rank]
+        parts = [own[part] for part in parts]
         # the interleaved schedule takes whole rounds of micro-batches
         rounds = context.pp_size if config.parallel.virtual_pipeline else 1
         parts += [own[:0]] * (-len(parts) % rounds if parts else rounds)
@@ -152,6 +195,22 @@ class Pairs:
         )
 
 
+@dataclass
+class _MeaninglessTexts:
+    """Takes the place of `_Texts` in a dry run: any tokens, of lengths that can be changed."""
+
+    lengths: np.ndarray
+    """[n]."""
+    num_ids: int
+
+    def __post_init__(self) -> None:
+        self.prompt_lengths, self.truncated = np.zeros_like(self.lengths), np.zeros_like(self.lengths)
+
+    def tokens(self, text: int) -> np.ndarray:
+        """[length] int32."""
+        return np.arange(self.lengths[text], dtype=np.int32) % self.num_ids
+
+
 class _Stream:
     """An endless sequence of global batches from some sources."""
 
@@ -180,6 +239,26 @@ class _Stream:
             mined=None if table is None else table.current(rows),
         )
 
+    def largest_rows(self) -> LargestRows:
+        """Of the source whose batch can have most tokens."""
+        return max(map(self._largest_rows_of, self.stores), key=lambda rows: int(rows.lengths.sum()))
+
+    def _largest_rows_of(self, store: PairStore) -> LargestRows:
+        source, formatter = self.data.sources[store.name], self.data.formatter
+        is_mined = self.data.setup.config.mining is not None and store.task == "retrieval"
+        num_positives, num_negatives = most_a_row(store, self.settings, is_mined=is_mined)
+        prompts = _prompts(store.task, source)
+        lengths: dict[TextKind, np.ndarray] = {"query": store.lengths[store.query_ids], "document": store.lengths}
+        longest = {kind: formatter.lengths(raw.max(), kind, prompts[kind]) for kind, raw in lengths.items()}
+        return LargestRows(
+            store,
+            source.batch_size or self.batch_size,
+            num_positives,
+            num_negatives,
+            query_length=int(longest["query"]),
+            document_length=int(longest["document"]),
+        )
+
 
 class _Texts:
     """The texts of a step, counted through, as the model takes them."""
@@ -187,13 +266,7 @@ class _Texts:
     def __init__(self, data: Pairs, batches: list[PairBatch]) -> None:
         self._formatter, self._batches = data.formatter, batches
         self._starts = np.cumsum([0] + [batch.num_texts for batch in batches])
-        self._prompts = [
-            {
-                "query": prompt_name(batch.task, "query", data.sources[batch.store.name].query_prompt),
-                "document": prompt_name(batch.task, "document", data.sources[batch.store.name].document_prompt),
-            }
-            for batch in batches
-        ]
+        self._prompts = [_prompts(batch.task, data.sources[batch.store.name]) for batch in batches]
         lengths, prompt_lengths, truncated = [], [], []
         for batch, prompts in zip(batches, self._prompts, strict=True):
             ids_by_kind: dict[TextKind, np.ndarray] = {"query": batch.query_ids, "document": batch.document_ids}
@@ -213,6 +286,14 @@ class _Texts:
         batch = self._batches[part]
         kind, text_id = batch.text(text - int(self._starts[part]))
         return self._formatter.format(batch.store.tokens(text_id), kind, self._prompts[part][kind])
+
+
+def _prompts(task: str, source: SourceConfig) -> dict[TextKind, str]:
+    """Names of the prompts before a source's queries and documents."""
+    return {
+        "query": prompt_name(task, "query", source.query_prompt),
+        "document": prompt_name(task, "document", source.document_prompt),
+    }
 
 
 def source_weights(sources: list[SourceConfig]) -> list[float] | None:

@@ -11,6 +11,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron_conan.model.conan import Head
 from megatron_conan.train import language
 from megatron_conan.train.contrastive import Contrastive
+from megatron_conan.train.largest_batch import LargestBatch
 from megatron_conan.train.pair_data import Pairs
 from megatron_conan.train.setup import Setup
 from megatron_conan.train.step import StepReport
@@ -21,6 +22,9 @@ class StageData(Protocol):
 
     def batch(self, step: int) -> Any:
         """This rank's share of step `step` (from 1); a pure function of the config, the step, and mining."""
+
+    def largest_batch(self) -> LargestBatch:
+        """A batch as large as any that `batch` can give."""
 
 
 @dataclass(frozen=True)
