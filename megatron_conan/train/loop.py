@@ -23,6 +23,7 @@ from megatron_conan.parallel.context import ParallelContext
 from megatron_conan.train.checkpoint import load_checkpoint, load_weights, shape_fields, whole_checkpoint
 from megatron_conan.train.checkpoint_files import find_checkpoint, read_state
 from megatron_conan.train.checkpoint_saving import Checkpointer
+from megatron_conan.train.dry_run import dry_run
 from megatron_conan.train.flops import peak_flops, step_flops
 from megatron_conan.train.metrics import MetricsWriter, memory_gib, phase_seconds
 from megatron_conan.train.optim import build_optimizer, wrap_for_training
@@ -133,7 +134,14 @@ def train(trainer: Trainer) -> dict[str, float]:
     config, context = trainer.setup.config, trainer.setup.context
     writer = None
     if context.rank == 0:
-        writer = MetricsWriter(config.run_dir, config.stage, config.train.steps, trainer.step)
+        writer = MetricsWriter(
+            config.run_dir,
+            config.stage,
+            config.train.steps,
+            trainer.step,
+            log_every=config.train.log_every,
+            mining=config.mining,
+        )
     checkpointer = Checkpointer(config, context)
     values: dict[str, float] = {}
     try:
@@ -142,11 +150,13 @@ def train(trainer: Trainer) -> dict[str, float]:
             Watchdog(trainer.phases, config.watchdog, context, lambda: request.signalled_at),
             ProfilerWindow(config.profile, config.run_dir, context.rank) as window,
         ):
+            if _wants_dry_run(trainer):
+                with trainer.phases.within("dry_run"):
+                    dry_run(trainer)
             while trainer.step < config.train.steps:
                 window.before_step(trainer.step + 1)
                 values = one_step(trainer)
-                logged = trainer.step % config.train.log_every == 0 or trainer.step in (1, config.train.steps)
-                if writer is not None and logged:
+                if writer is not None:
                     writer.write(trainer.step, values)
                 if _keep(trainer, checkpointer, request):
                     break
@@ -160,6 +170,12 @@ def train(trainer: Trainer) -> dict[str, float]:
         if writer is not None:
             writer.close()
     return values
+
+
+def _wants_dry_run(trainer: Trainer) -> bool:
+    """As the config says, else where memory is short and an error late is dear: on GPUs."""
+    asked, device = trainer.setup.config.train.dry_run, trainer.setup.context.device
+    return trainer.step < trainer.setup.config.train.steps and (device.type == "cuda" if asked is None else asked)
 
 
 def one_step(trainer: Trainer) -> dict[str, float]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
+import os
 import resource
 import sys
 import time
@@ -12,10 +14,14 @@ from pathlib import Path
 
 import torch
 
-from megatron_conan.train.run_folder import write_atomically, writing
+from megatron_conan.config.tree import MiningConfig
+from megatron_conan.train.run_folder import writing
+from megatron_conan.train.time_left import TimeLeft
 
 PROGRESS_SECONDS = 5.0
 """Least time between two progress lines."""
+EVERY_STEP = ("data", "forward_backward", "optimizer")
+"""Phases of every step; the others come now and then."""
 
 
 def memory_gib(device: torch.device) -> float:
@@ -24,43 +30,82 @@ def memory_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     status = Path("/proc/self/status")
     if status.exists():  # Linux hands ru_maxrss of a parent on to what it starts
-        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) / 2**20  # given in KiB
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):  # not in every sandbox
+                return int(line.split()[1]) / 2**20  # given in KiB
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def phase_seconds(taken: Mapping[str, float]) -> dict[str, float]:
     """Metrics of what `Phases.take` gave: a key a phase but for the rest of the loop, and for what took no millisecond."""
-    always = ("data", "forward_backward", "optimizer")
     return {
         f"{phase}_seconds": seconds
         for phase, seconds in taken.items()
-        if phase in always or (phase not in ("start", "step") and seconds >= 1e-3)
+        if phase in EVERY_STEP or (phase not in ("start", "step") and seconds >= 1e-3)
     }
 
 
+def rare_seconds(values: Mapping[str, float]) -> dict[str, float]:
+    """Of a step's metrics the seconds of phases that come now and then: mining, evaluation, checkpoint."""
+    always = {f"{phase}_seconds" for phase in (*EVERY_STEP, "step")}
+    return {key: value for key, value in values.items() if key.endswith("_seconds") and key not in always}
+
+
 class MetricsWriter:
-    """Writes one line a step. Rank 0 only.
+    """Writes one line a step, or every so many. Rank 0 only.
 
     A resumed run first drops the lines after the checkpoint it resumes from, so that every step stands there once.
     """
 
-    def __init__(self, run_dir: Path, stage: str, steps: int, resumed_step: int) -> None:
-        """Open the files of `run_dir`; steps done before are `resumed_step`."""
+    def __init__(
+        self,
+        run_dir: Path,
+        stage: str,
+        steps: int,
+        resumed_step: int,
+        *,
+        log_every: int = 1,
+        mining: MiningConfig | None = None,
+    ) -> None:
+        """Open the files of `run_dir`.
+
+        Args:
+            run_dir: the run's folder.
+            stage: what is trained.
+            steps: of the whole run.
+            resumed_step: steps done before.
+            log_every: steps between lines; the first and the last step have one always.
+            mining: when it is mined, for the time that is left.
+        """
         from torch.utils.tensorboard import SummaryWriter
 
-        self.stage, self.steps = stage, steps
+        self.stage, self.steps, self.log_every = stage, steps, log_every
         self.file = run_dir / "metrics.jsonl"
         if self.file.exists():
-            write_atomically(self.file, _lines_up_to(self.file, resumed_step))
+            cut_back(self.file, resumed_step)
         self.stream = self.file.open("a", encoding="utf-8", buffering=1)
         self.tensorboard_dir = run_dir / "tensorboard"
         self.tensorboard = SummaryWriter(str(self.tensorboard_dir), purge_step=resumed_step + 1)
-        self.started, self.first_step, self.last_progress = time.monotonic(), resumed_step, 0.0
+        self.unwritten: dict[str, float] = {}
+        self.time_left = TimeLeft(steps, [done for done in range(steps) if mining is not None and mining.is_due(done)])
+        self.started = self.last_step = time.monotonic()
+        self.last_progress = 0.0
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Record a step's values. Raises WriteError where the disk is full."""
+        """Record a step's values, called after every step. Raises WriteError where the disk is full.
+
+        A line's seconds of rare phases are those since the line before, so that none is lost between lines.
+        """
+        now, rare = time.monotonic(), rare_seconds(values)
+        self.time_left.note(step, now - self.last_step, rare)
+        self.last_step = now
+        for key, seconds in rare.items():
+            self.unwritten[key] = self.unwritten.get(key, 0.0) + seconds
+        if step % self.log_every and step not in (1, self.steps):
+            return
+        values = {**values, **self.unwritten}
+        self.unwritten = {}
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
         with writing(self.file):
             self.stream.write(json.dumps({"step": step, "stage": self.stage, **finite}, allow_nan=False) + "\n")
@@ -68,7 +113,6 @@ class MetricsWriter:
             for key, value in values.items():
                 if math.isfinite(value):
                     self.tensorboard.add_scalar(key, value, step)
-        now = time.monotonic()
         if now - self.last_progress >= PROGRESS_SECONDS or step in (1, self.steps):
             self.last_progress = now
             self._progress(step, values, now - self.started)
@@ -83,7 +127,6 @@ class MetricsWriter:
                 self.tensorboard.close()
 
     def _progress(self, step: int, values: Mapping[str, float], elapsed: float) -> None:
-        remaining = elapsed / max(step - self.first_step, 1) * (self.steps - step)
         parts = [f"{self.stage} {step}/{self.steps}", f"loss {values['loss']:.4f}", f"lr {values['lr']:.2e}"]
         for key, label in (("in_batch_accuracy", "accuracy"), ("alpha", "alpha")):
             if key in values:
@@ -93,7 +136,7 @@ class MetricsWriter:
             parts.append(f"{values['mfu']:.0%} MFU")
         if "skipped_steps" in values:
             parts.append(f"{values['skipped_steps']:.0f} skipped")
-        parts.append(f"{clock(elapsed)} elapsed, {clock(remaining)} left")
+        parts.append(f"{clock(elapsed)} elapsed, {clock(self.time_left.seconds())} left")
         print(" | ".join(parts), file=sys.stderr, flush=True)
 
 
@@ -104,13 +147,23 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def _lines_up_to(file: Path, step: int) -> str:
-    """The whole lines of metrics.jsonl up to a step; a line torn by a kill is dropped."""
-    kept = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except json.JSONDecodeError:
-            continue
-    return "".join(kept)
+def cut_back(file: Path, step: int) -> None:
+    """Drop the lines of metrics.jsonl behind a step, and what is torn there; looks at the file from its end only."""
+    end = size = file.stat().st_size
+    if size:
+        with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            while end:
+                begin = content.rfind(b"\n", 0, end - 1) + 1
+                if content[end - 1 : end] == b"\n" and _is_up_to(content[begin:end], step):
+                    break
+                end = begin
+    if end < size:
+        os.truncate(file, end)
+
+
+def _is_up_to(line: bytes, step: int) -> bool:
+    """Whether a line is whole, and of this step or one before."""
+    try:
+        return bool(json.loads(line)["step"] <= step)
+    except (ValueError, KeyError, TypeError):
+        return False

@@ -1,20 +1,19 @@
-"""A window under torch.profiler, and the metrics of a step as files."""
+"""A window of steps under torch.profiler, with the real profiler."""
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import json
-import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from megatron_conan.config.operation import ProfileConfig
-from megatron_conan.train.metrics import MetricsWriter, memory_gib, phase_seconds
-from megatron_conan.train.phases import Phases
 from megatron_conan.train.profiling import ProfilerWindow
+
+WINDOW = ProfileConfig(start=3, steps=2)
 
 
 def _train(window: ProfilerWindow, first: int, last: int) -> None:
@@ -24,63 +23,65 @@ def _train(window: ProfilerWindow, first: int, last: int) -> None:
             torch.ones(step, 3) @ torch.ones(3, 5)
 
 
-@pytest.mark.parametrize(("first", "last", "recorded"), [(1, 9, (3, 4)), (1, 4, (3, 4)), (1, 3, (3,)), (3, 9, (3, 4))])
-def test_the_window_is_recorded(first: int, last: int, recorded: tuple[int, ...], tmp_path: Path) -> None:
-    _train(ProfilerWindow(ProfileConfig(start=3, steps=2), tmp_path, 0), first, last)
-    assert sorted(path.name for path in (tmp_path / "profile").iterdir()) == [
-        "rank_0.step_3.trace.json.gz",
-        "rank_0.step_3.txt",
-    ]
-    with gzip.open(tmp_path / "profile" / "rank_0.step_3.trace.json.gz") as stream:
-        events = json.load(stream)["traceEvents"]
+def _fail_in_step(window: ProfilerWindow, step: int) -> None:
+    window.before_step(step)
+    raise KeyError("batch")
+
+
+def _events(trace: Path) -> list[dict[str, Any]]:
+    with gzip.open(trace) as stream:
+        return json.load(stream)["traceEvents"]
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "recorded"),
+    [(1, 9, (3, 4)), (1, 4, (3, 4)), (1, 3, (3,)), (2, 9, (3, 4)), (3, 9, (3, 4)), (4, 9, (4,))],
+)
+def test_the_window_is_recorded(
+    first: int, last: int, recorded: tuple[int, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also what is left of it in a run that is resumed or stopped there."""
+    _train(ProfilerWindow(WINDOW, tmp_path, 0), first, last)
+    trace, table = (tmp_path / "profile" / f"rank_0.step_{recorded[0]}.{end}" for end in ("trace.json.gz", "txt"))
+    assert sorted((tmp_path / "profile").iterdir()) == [trace, table]
+    events = _events(trace)
     shapes = [event["args"]["Input Dims"][0][0] for event in events if event.get("name") == "aten::mm"]
     assert tuple(shapes) == recorded
-    assert "aten::mm" in (tmp_path / "profile" / "rank_0.step_3.txt").read_text()
+    marks = [event["name"] for event in events if event.get("cat") == "user_annotation"]
+    assert marks == [f"step {step}" for step in recorded]
+    assert "aten::mm" in table.read_text()
+    told = f"rank 0: profile of steps {recorded[0]} to {recorded[-1]} in {trace}"
+    assert told in capsys.readouterr().err
 
 
-def test_nothing_is_recorded_elsewhere(tmp_path: Path) -> None:
-    _train(ProfilerWindow(ProfileConfig(start=3, steps=2), tmp_path, 1), 1, 9)  # another rank
+def test_a_window_that_is_not_reached_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _train(ProfilerWindow(WINDOW, tmp_path, 0), 1, 2)
+    assert capsys.readouterr().err == "rank 0: the run ended before profile.start=3: nothing was recorded\n"
+    _train(ProfilerWindow(WINDOW, tmp_path, 0), 1, 9)  # the one that was only warmed up is not in the way
+    assert len(list((tmp_path / "profile").iterdir())) == 2
+
+
+def test_nothing_is_recorded_elsewhere(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    _train(ProfilerWindow(WINDOW, tmp_path, 1), 1, 9)  # another rank
     _train(ProfilerWindow(None, tmp_path, 0), 1, 9)
-    _train(ProfilerWindow(ProfileConfig(start=3, steps=2), tmp_path, 0), 4, 9)  # resumed behind its beginning
-    with contextlib.suppress(KeyError), ProfilerWindow(ProfileConfig(start=1), tmp_path, 0) as window:
-        window.before_step(1)
-        raise KeyError
+    _train(ProfilerWindow(WINDOW, tmp_path, 0), 5, 9)  # resumed behind it
+    _train(ProfilerWindow(WINDOW, tmp_path, 0), 1, 0)  # finished before
+    assert capfd.readouterr() == ("", "")
     assert not (tmp_path / "profile").exists()
 
 
-def test_phases_add_up_and_lie_within_each_other() -> None:
-    phases = Phases()
-    phases.take()
-    started = time.monotonic()
-    with phases.within("mining"):
-        time.sleep(0.02)
-        with phases.within("data"):
-            time.sleep(0.03)
-            assert phases.phase == "data"
-        assert phases.phase == "mining"
-    taken = phases.take()
-    assert sum(taken.values()) == pytest.approx(time.monotonic() - started, abs=5e-3)
-    assert taken["data"] >= 0.03
-    assert 0.02 <= taken["mining"] < 0.05 + 0.03
-    assert phases.take().keys() == {"start"}
-    found = phase_seconds({"step": 1.0, "data": 0.0, "mining": 1e-5, "checkpoint": 2.0})
-    assert found == {"data_seconds": 0.0, "checkpoint_seconds": 2.0}
+def test_a_run_that_fails_in_the_window_fails_as_it_would(tmp_path: Path) -> None:
+    window = ProfilerWindow(WINDOW, tmp_path, 0)
+    with pytest.raises(KeyError, match="batch"), window:
+        _fail_in_step(window, 3)
+    assert not (tmp_path / "profile").exists()
+    _train(ProfilerWindow(WINDOW, tmp_path, 0), 1, 9)
+    assert (tmp_path / "profile").exists()
 
 
-def test_metrics_are_strict_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    writer = MetricsWriter(tmp_path, "pretrain", 1, 0)
-    values = {"loss": float("nan"), "lr": 1e-3, "grad_norm": float("inf"), "tokens_per_second": 5.0}
-    writer.write(1, {**values, "mfu": 0.412, "skipped_steps": 2.0})
-    writer.close()
-    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=lambda name: pytest.fail(name))
-    assert (line["loss"], line["grad_norm"], line["lr"]) == (None, None, 1e-3)
-    told = capsys.readouterr().err
-    assert "loss nan" in told
-    assert "41% MFU" in told
-    assert "2 skipped" in told
-
-
-def test_peak_memory_is_this_processes_own() -> None:
-    before = memory_gib(torch.device("cpu"))
-    block = torch.ones(1 << 28)  # 1 GiB
-    assert memory_gib(torch.device("cpu")) >= max(before, block.numel() * 4 / 2**30)
+def test_a_profile_that_can_not_be_written_does_not_end_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "profile").write_text("in the way")
+    _train(ProfilerWindow(WINDOW, tmp_path, 0), 1, 9)
+    assert "rank 0: warning: no profile of this run: FileExistsError" in capsys.readouterr().err
