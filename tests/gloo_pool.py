@@ -161,7 +161,7 @@ class WorkerPool:
         for rank in stuck:
             pid = workers[rank].process.pid
             if pid is not None and workers[rank].process.is_alive():
-                os.kill(pid, signal.SIGUSR1)
+                os.kill(pid, signal.SIGUSR2)
         time.sleep(0.5)
         stacks = "\n".join(f"--- rank {rank} ---\n{workers[rank].stack_file.read_text()}" for rank in stuck)
         self.close()
@@ -200,7 +200,8 @@ def _serve(connection: Connection, stack_file: Path) -> None:
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     with stack_file.open("w") as stacks:
-        faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
+        # not SIGUSR1: that asks a training run to stop
+        faulthandler.register(signal.SIGUSR2, file=stacks, all_threads=True)
         while True:
             try:
                 job = connection.recv_bytes()

@@ -42,8 +42,9 @@ STAGES: dict[str, dict[str, Any]] = {
 }
 """What a run has beside the tiny config; the embedding table has a learning rate, and so a parameter group, of its own."""
 
-TOLERANCE = {"fp32": 1e-4, "bf16": 1e-3}
-"""Relative, of the losses after a change of layout: sums over ranks and over the halves of a product run in another order."""
+TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
+"""Relative, of the losses after a change of layout: sums over ranks and over the halves of a product run in another order. In
+bf16 a cosine has three digits and is divided by a temperature of .05."""
 
 
 class _Note:

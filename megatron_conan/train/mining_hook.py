@@ -21,9 +21,10 @@ from megatron_conan.mining.rows import weights_fingerprint
 from megatron_conan.mining.rules import QueryRule, Rule, SwapRule
 from megatron_conan.mining.select import SelectionSettings
 from megatron_conan.mining.table import NegativesTable
+from megatron_conan.train.checkpoint_files import temporary_folder
 from megatron_conan.train.loop import Trainer
 from megatron_conan.train.pair_data import Pairs
-from megatron_conan.train.run_folder import write_atomically
+from megatron_conan.train.run_folder import write_atomically, writing
 from megatron_conan.train.setup import Setup
 from megatron_conan.train.step import evaluating
 
@@ -78,10 +79,14 @@ class MiningHook:
         name = f"step_{step:08d}"
         if self.setup.context.rank == 0:
             for source, table in data.negatives.items():
-                table.save(self._folder() / name / source)
+                folder = self._folder() / name / source
+                with writing(folder):
+                    table.save(folder)
             checkpoints = self.setup.config.run_dir / "checkpoints"
             for folder in self._folder().glob("step_*"):
-                if folder.name != name and not (checkpoints / folder.name).is_dir():
+                checkpoint = checkpoints / folder.name
+                # the one before may still be being written
+                if folder.name != name and not checkpoint.is_dir() and not temporary_folder(checkpoint).is_dir():
                     shutil.rmtree(folder)
         return {"folder": name, "sources": sorted(data.negatives)}
 
