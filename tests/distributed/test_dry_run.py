@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ import torch
 from gloo_pool import WorkerPool
 from layouts import build_test_trainer, deterministic, final_weights, tiny_config, train_run
 
-from megatron_conan.config import RunConfig
+from megatron_conan.config import RunConfig, dump_config
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one process": (1, {}),
@@ -163,3 +166,54 @@ def test_a_run_that_goes_on_keeps_its_moments_and_negatives(
         shutil.rmtree(later)
     (config.run_dir / "checkpoints" / "latest").write_text("step_00000002\n", encoding="utf-8")
     _assert_unchanged(workers, world, config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("stage", "train", "more", "what", "remedy"),
+    [
+        pytest.param(
+            "pretrain",
+            {"micro_batch_size": 65536, "global_batch_size": 65536},
+            {},
+            "(",
+            "train.micro_batch_size=32768",
+            marks=FULL,
+        ),
+        (
+            "finetune",
+            {},
+            {**MINED, "mining": {**MINED["mining"], "max_tokens": 40_000_000}},
+            "of mining (mining.max_tokens=40,000,000)",
+            "mining.max_tokens=20000000",
+        ),
+    ],
+)
+def test_too_little_memory_shows_before_the_first_step(
+    stage: str,
+    train: dict[str, Any],
+    more: dict[str, Any],
+    what: str,
+    remedy: str,
+    tiny_data: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    """The launch script's Python in a process that may have 8 GiB."""
+    train = {"steps": 2, "dry_run": True, **train}
+    config = tiny_config(stage, tiny_data, tmp_path / "run", train=train, **more)
+    file = tmp_path / "config.yaml"
+    file.write_text(dump_config(config), encoding="utf-8")
+    program = f"from megatron_conan.main import main; raise SystemExit(main({stage!r}, ['--config', {str(file)!r}]))"
+    started = subprocess.run(
+        ["bash", "-c", f'ulimit -v {8 << 20} && exec "$0" "$@"', sys.executable, "-P", "-c", program],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    told = started.stderr
+    line = next((line for line in told.splitlines() if line.startswith("error: ")), "")
+    assert line.startswith(f"error: out of memory before step 1: the largest batch {what}"), told
+    assert " of 8.0 GiB were in use when " in line
+    assert remedy in line
+    assert started.returncode == 2
+    assert (config.run_dir / "metrics.jsonl").read_text() == ""
