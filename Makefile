@@ -8,7 +8,7 @@ PY := $(if $(filter system,$(INSTALL)),$(PYTHON),.venv/bin/python)
 PIP := $(PY) -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-venv install-system kernels demo test test-full test-gpu bench lint
+.PHONY: help install install-venv install-system kernels demo test test-full test-slurm test-gpu bench lint
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -23,10 +23,14 @@ demo: install ## train, search and report on this machine's CPU; DEMO=short for 
 
 # -P: the checkout must not be on sys.path, its kernels/ would shadow another package of that name
 test: install ## all tests that need no GPU and little time, in one pytest process
-	@$(PY) -P -m pytest -q -m "not full and not gpu" $(PYTEST_ARGS)
+	@$(PY) -P -m pytest -q -m "not full and not gpu and not slurm" $(PYTEST_ARGS)
 
-test-full: install ## everything that needs no GPU, also what takes long; the external data's tests too
+test-full: install ## everything that needs no GPU, also what takes long; external data's and (where it is installed) SLURM's tests too
 	@$(PY) -P -m pytest -q -m "not gpu" $(PYTEST_ARGS)
+
+test-slurm: install ## stages as jobs of a real SLURM, started on this machine; installs it with apt-get, so as root
+	@command -v slurmctld >/dev/null || { apt-get -qq update && apt-get -qq install -y --no-install-recommends slurm-wlm munge; }
+	@$(PY) -P -m pytest -q -m slurm $(PYTEST_ARGS)
 
 test-gpu: install ## the tests that need a CUDA GPU
 	@$(PY) -P -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else \

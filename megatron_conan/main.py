@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from megatron_conan.config import RunConfig, check_config, load_config
 from megatron_conan.parallel import hide_engine_warnings
+from megatron_conan.parallel.launch_check import check_launch
 
 if TYPE_CHECKING:
     from megatron_conan.train.loop import Hook
@@ -40,17 +41,12 @@ def main(stage: str, argv: Sequence[str]) -> int:
         Exit status: 0 for a run that has ended or was stopped on request, 2 after a user's mistake, 1 after anything else. What
         went wrong is told in one message a node, with a traceback if it is an error of the program.
     """
-    parser = argparse.ArgumentParser(
-        prog=f"launch/{stage}.sh", description=f"Stage {stage} of the Conan-embedding recipe."
-    )
-    default = ROOT / "configs" / "conan_1.4b" / f"{stage}.yaml"
-    parser.add_argument("--config", type=Path, default=default, help="YAML file of the stage (default: %(default)s)")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that win over the file's")
-    arguments = parser.parse_args(argv)
     try:
-        config = load_config(arguments.config, arguments.overrides)
+        check_launch(os.environ)
+        file, overrides = parse_arguments(stage, argv)
+        config = load_config(file, overrides)
         if config.stage != stage:
-            raise ValueError(f"{arguments.config} is of stage={config.stage}; start it with launch/{config.stage}.sh")
+            raise ValueError(f"{file} is of stage={config.stage}; start it with launch/{config.stage}.sh")
         run(config)
     except (ValueError, ImportError) as error:
         _tell(error)
@@ -59,6 +55,18 @@ def main(stage: str, argv: Sequence[str]) -> int:
         _report_failure(error)
         return _leave(1)
     return 0
+
+
+def parse_arguments(stage: str, argv: Sequence[str]) -> tuple[Path, list[str]]:
+    """A stage's config file and the values that win over the file's."""
+    parser = argparse.ArgumentParser(
+        prog=f"launch/{stage}.sh", description=f"Stage {stage} of the Conan-embedding recipe."
+    )
+    default = ROOT / "configs" / "conan_1.4b" / f"{stage}.yaml"
+    parser.add_argument("--config", type=Path, default=default, help="YAML file of the stage (default: %(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that win over the file's")
+    arguments = parser.parse_args(argv)
+    return arguments.config, arguments.overrides
 
 
 def _report_failure(error: Exception) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import mmap
@@ -52,6 +53,40 @@ def rare_seconds(values: Mapping[str, float]) -> dict[str, float]:
     return {key: value for key, value in values.items() if key.endswith("_seconds") and key not in always}
 
 
+class Curves:
+    """The metrics for TensorBoard, as long as there is room for them: no run ends for want of a curve."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        """What `folder` shows from `first_step` on is hidden: a resumed run draws it again."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._folder = folder
+        self._writer: SummaryWriter | None = SummaryWriter(str(folder), purge_step=first_step)
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """Draw what is finite."""
+        if self._writer is None:
+            return
+        try:
+            for key, value in values.items():
+                if math.isfinite(value):
+                    self._writer.add_scalar(key, value, step)
+        except OSError as error:
+            print(
+                f"warning: no curves in {self._folder} from step {step} on: {error}; metrics.jsonl has the numbers",
+                file=sys.stderr,
+                flush=True,
+            )
+            self.close()
+
+    def close(self) -> None:
+        """Flush and close."""
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            with contextlib.suppress(OSError):
+                writer.close()
+
+
 class MetricsWriter:
     """Writes one line a step, or every so many. Rank 0 only.
 
@@ -78,15 +113,12 @@ class MetricsWriter:
             log_every: steps between lines; the first and the last step have one always.
             mining: when it is mined, for the time that is left.
         """
-        from torch.utils.tensorboard import SummaryWriter
-
         self.stage, self.steps, self.log_every = stage, steps, log_every
         self.file = run_dir / "metrics.jsonl"
         if self.file.exists():
             cut_back(self.file, resumed_step)
         self.stream = self.file.open("a", encoding="utf-8", buffering=1)
-        self.tensorboard_dir = run_dir / "tensorboard"
-        self.tensorboard = SummaryWriter(str(self.tensorboard_dir), purge_step=resumed_step + 1)
+        self.curves = Curves(run_dir / "tensorboard", resumed_step + 1)
         self.unwritten: dict[str, float] = {}
         self.time_left = TimeLeft(steps, [done for done in range(steps) if mining is not None and mining.is_due(done)])
         self.started = self.last_step = time.monotonic()
@@ -109,10 +141,7 @@ class MetricsWriter:
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
         with writing(self.file):
             self.stream.write(json.dumps({"step": step, "stage": self.stage, **finite}, allow_nan=False) + "\n")
-        with writing(self.tensorboard_dir):
-            for key, value in values.items():
-                if math.isfinite(value):
-                    self.tensorboard.add_scalar(key, value, step)
+        self.curves.add(step, values)
         if now - self.last_progress >= PROGRESS_SECONDS or step in (1, self.steps):
             self.last_progress = now
             self._progress(step, values, now - self.started)
@@ -123,8 +152,7 @@ class MetricsWriter:
             with writing(self.file):
                 self.stream.close()
         finally:
-            with writing(self.tensorboard_dir):
-                self.tensorboard.close()
+            self.curves.close()
 
     def _progress(self, step: int, values: Mapping[str, float], elapsed: float) -> None:
         parts = [f"{self.stage} {step}/{self.steps}", f"loss {values['loss']:.4f}", f"lr {values['lr']:.2e}"]

@@ -50,8 +50,10 @@ def writing(path: Path) -> Iterator[None]:
     """The body writes `path`. Raises WriteError if there is no room on the disk, or in a quota."""
     try:
         yield
+    except WriteError:
+        raise
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, None):  # None: numpy, which wrote less than it was to
             raise WriteError(path, path.parent, error) from error
         raise
 

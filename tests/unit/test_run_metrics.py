@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -138,3 +139,18 @@ def test_peak_memory_is_this_processes_own() -> None:
     own, by_rusage = map(float, done.stdout.split())
     assert 0.01 < own <= by_rusage + 0.01
     del block
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_run_goes_on_without_curves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    writer = MetricsWriter(tmp_path, "pretrain", 200, 0)
+    writer.write(1, VALUES)
+    shutil.rmtree(tmp_path / "tensorboard")
+    for step in range(2, 201):
+        writer.write(step, VALUES)
+        time.sleep(0.001)
+    writer.close()
+    assert [line["step"] for line in _lines(tmp_path)] == list(range(1, 201))
+    told = capsys.readouterr().err
+    assert told.count("warning: no curves in ") == 1
+    assert "No such file or directory" in told
