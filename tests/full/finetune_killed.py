@@ -23,7 +23,7 @@ from megatron_conan.mining import encode, rows
 from megatron_conan.mining.rows import RowStore
 from megatron_conan.mining.shards import ShardedIndex
 from megatron_conan.mining.table import NegativesTable
-from megatron_conan.train import checkpoint, mining_hook
+from megatron_conan.train import checkpoint_files, checkpoint_saving, mining_hook
 
 LATER_SOURCE = "other"
 """The source that is mined after another one."""
@@ -97,16 +97,13 @@ def arm(point: str, rank: int, minings: Minings) -> None:
 
         kill_before(Path, "rename", point, second_rename)
     if what == "shards" and rank == 0:  # all shards are written, under the temporary name
-        kill_before(
-            checkpoint,
-            "write_atomically",
-            point,
-            lambda file, _: file.name == "conan.json" and name in file.parent.name,
-        )
+        kill_before(checkpoint_saving, "commit", point, lambda folder, *_: folder.name == name)
     if what == "latest" and rank == 0:  # the checkpoint has its name, but `latest` names the one before
-        kill_before(
-            checkpoint, "write_atomically", point, lambda file, text: (file.name, text) == ("latest", f"{name}\n")
-        )
+
+        def moves(file: Path, text: str) -> bool:
+            return (file.name, text) == ("latest", f"{name}\n")
+
+        kill_before(checkpoint_files, "write_atomically", point, moves)
 
 
 if __name__ == "__main__":
