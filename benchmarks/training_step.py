@@ -4,7 +4,7 @@
   the same weights, see the same batches and make the same AdamW update; that their first losses are equal is checked. The
   plain side (training_step_plain.py) is timed in every form that torch has, and its fastest counts. "Ready": forward, backward
   and update of a batch that lies ready; "whole": with making the batch, on our side all that `one_step` does. CPU-seconds of
-  runs that take turns.
+  runs that take turns. The limit: the model's FLOPs at the speed of one matrix product of 1,024 x 1,024, texts without padding.
 - Loop: what of a step is neither data, nor forward and backward, nor optimizer: by the phases that the run itself counts; as
   the rest of `one_step` beside its parts; and with parts that do nothing.
 - Checkpoints: seconds by the clock for which training waits, against torch.save, writing as many bytes, and copying them.
@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from recording import Row, print_table, write_record
+from recording import Row, gemm_flops_per_second, print_table, write_record
 from training_step_checkpoints import checkpoint_rows
 from training_step_loop import loop_row
 from training_step_plain import forms
@@ -35,6 +35,7 @@ from training_step_runs import (
     Files,
     PlainData,
     build,
+    model_flops,
     our_step,
     plain_counterpart,
     ratio_of_medians,
@@ -91,6 +92,7 @@ def step_rows(files: Files, stage: str, model: str, repetitions: int) -> tuple[R
         for call in calls.values()
     )
     batch, plain_batch = trainer.parts.data.batch(EQUAL_STEPS + 1), data.batch(EQUAL_STEPS + 1)
+    flops, rate = model_flops(trainer, batch), gemm_flops_per_second()
     ready = take_turns(
         {
             "ours": partial(our_step, trainer, batch),
@@ -114,6 +116,10 @@ def step_rows(files: Files, stage: str, model: str, repetitions: int) -> tuple[R
         "plain, whole": min(whole["plain"]),
         "whole: ours / plain": min(whole["ours"]) / min(whole["plain"]),
         "whole: of medians": ratio_of_medians(whole, "ours", "plain"),
+        "GFLOP": flops / 1e9,
+        "GEMM GFLOP/s": rate / 1e9,
+        "ours, of GEMM": flops / least["ours"] / rate,
+        "plain, of GEMM": flops / least[best] / rate,
         "plain's form": best,
         "difference of losses": difference,
     }

@@ -21,6 +21,7 @@ from megatron_conan.data.tokenizer import Tokenizer
 from megatron_conan.main import build_hooks
 from megatron_conan.parallel.context import build_context, initialize_distributed
 from megatron_conan.train.checkpoint import unwrap
+from megatron_conan.train.flops import step_flops
 from megatron_conan.train.loop import Trainer, build_trainer
 from megatron_conan.train.pair_data import PairStep
 from megatron_conan.train.setup import Setup
@@ -132,12 +133,16 @@ def build(config: RunConfig) -> Trainer:
     return build_trainer(setup, build_hooks(setup))
 
 
-def our_step(trainer: Trainer, batch: object) -> float:
-    """Forward, backward and update on a batch that lies ready; returns the loss."""
+def our_step(trainer: Trainer, batch: object) -> dict[str, float]:
+    """Forward, backward and update on a batch that lies ready; returns the step's metrics."""
     forward_backward = partial(trainer.parts.forward_backward, trainer.chunks, batch)
-    return train_step(trainer.chunks, trainer.optimizer, forward_backward, trainer.setup.context, trainer.phases)[
-        "loss"
-    ]
+    return train_step(trainer.chunks, trainer.optimizer, forward_backward, trainer.setup.context, trainer.phases)
+
+
+def model_flops(trainer: Trainer, batch: object) -> float:
+    """What `mfu` counts of a step on the batch, which is made."""
+    values, config = our_step(trainer, batch), trainer.setup.config
+    return step_flops(config, values["tokens"], values["attended_pairs"], causal=not config.is_contrastive)
 
 
 def plain_counterpart(trainer: Trainer, form: Form) -> PlainTraining:
