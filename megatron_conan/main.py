@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import linecache
 import os
 import sys
 import time
@@ -48,7 +49,13 @@ def main(stage: str, argv: Sequence[str]) -> int:
         if config.stage != stage:
             raise ValueError(f"{file} is of stage={config.stage}; start it with launch/{config.stage}.sh")
         run(config)
-    except (ValueError, ImportError) as error:
+    except ImportError as error:
+        _tell(error)
+        return _leave(2)
+    except ValueError as error:
+        if not is_told(error):
+            _report_failure(error)
+            return _leave(1)
         _tell(error)
         return _leave(2)
     except Exception as error:
@@ -74,7 +81,9 @@ def _report_failure(error: Exception) -> None:
     import torch
 
     rank = os.environ.get("RANK", "0")
-    if isinstance(error, (OSError, FloatingPointError)):  # of a checkpoint, of the loss: the same on all ranks
+    if isinstance(error, (OSError, FloatingPointError)) and is_told(
+        error
+    ):  # of a checkpoint, of the loss: on all ranks
         _tell(error)
     elif isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
         told = str(error).splitlines()[0] if str(error) else "no memory left"
@@ -89,6 +98,19 @@ def _report_failure(error: Exception) -> None:
         )
     else:
         print(f"rank {rank} fails:\n{''.join(traceback.format_exception(error))}", end="", file=sys.stderr)
+
+
+def is_told(error: BaseException) -> bool:
+    """Whether this package raised the error itself: then its message says what to do. A library's needs its traceback."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return False
+    line = linecache.getline(trace.tb_frame.f_code.co_filename, trace.tb_lineno)
+    return trace.tb_frame.f_globals.get("__name__", "").startswith("megatron_conan.") and line.lstrip().startswith(
+        "raise"
+    )
 
 
 def _leave(status: int) -> int:
