@@ -69,6 +69,7 @@ class Contrastive:
     def __init__(self, setup: Setup, data: Pairs) -> None:
         """`data` holds the negatives tables that the losses' similarities update."""
         self.setup, self.data = setup, data
+        self._seen: tuple[PairStep, Tensor | None] | None = None
 
     def forward_backward(self, chunks: list[DistributedDataParallel], step: PairStep) -> list[StepReport]:
         """Accumulate the gradients of a step. All ranks must call. Returns the report, on the last pipeline stage only."""
@@ -95,12 +96,8 @@ class Contrastive:
             return surrogate, count, StepReport()
 
         self._schedule(chunks, step, loss)
-        changes = self._update_negatives(step, settled)
-        if not settled:
-            return []
-        report = settled[0].report
-        report.means |= changes
-        return [report]
+        self._seen = (step, settled[0].mined_similarity if settled else None)
+        return [settled[0].report] if settled else []
 
     def _schedule(
         self,
@@ -262,29 +259,36 @@ class Contrastive:
         begin, end = own_rows(step.batches[0], self.setup.context.dp_rank, self.setup.context.dp_size)
         return end - begin
 
-    def _update_negatives(self, step: PairStep, settled: list[Settled]) -> dict[str, tuple[float, float]]:
-        """Let the similarities of the loss replace mined negatives, alike on all ranks.
+    def after_update(self) -> dict[str, float]:
+        """Let the similarities of the step's loss replace mined negatives. All ranks must call, if the weights have changed.
 
         Returns:
-            Metrics (sum, count), the same on every rank: so a mean, not a total, over ranks.
+            Metrics, the same on every rank.
         """
+        seen, self._seen = self._seen, None
+        if seen is None:
+            return {}
+        step, known = seen
         batch, context = step.batches[0], self.setup.context
         mining, table = self.setup.config.mining, self.data.negatives.get(batch.store.name)
         if mining is None or step.step is None or not self.data.negatives:
             return {}
         mined = batch.slots >= 0  # none in a batch of a source that is not mined
         similarity = torch.empty(int(mined.sum()), dtype=torch.float32, device=context.device)
-        if settled:
-            similarity = settled[0].mined_similarity
+        if known is not None:
+            similarity = known
         if context.world_size > 1 and mined.any():
             # one rank of the last pipeline stage speaks for all, so that not one bit differs
             source = context.world_size // context.pp_size * (context.pp_size - 1)
             dist.broadcast(similarity, source, group=context.world_group)
-        seen = batch.rows[batch.negative[0, mined]], batch.slots[mined], similarity.cpu().numpy()
-        changes: dict[str, tuple[float, float]] = {} if table is None else {"negatives_drift": table.drift(*seen)}
+        scored = batch.rows[batch.negative[0, mined]], batch.slots[mined], similarity.cpu().numpy()
+        values: dict[str, float] = {}
+        if table is not None:
+            drift, count = table.drift(*scored)
+            values |= {"negatives_drift": drift / count} if count else {}
         if mining.rule != "none":
-            changes["negatives_replaced"] = (float(self.data.update_negatives(batch.store.name, *seen, step.step)), 1)
-        return changes
+            values["negatives_replaced"] = float(self.data.update_negatives(batch.store.name, *scored, step.step))
+        return values
 
     def _report_batch(self, step: PairStep, query: Tensor, report: StepReport) -> None:
         """Spread of the queries (all [a, e] of the main batch), and what the texts of this rank cost."""

@@ -34,6 +34,8 @@ class StageParts:
     data: StageData
     forward_backward: Callable[[list[DistributedDataParallel], Any], list[StepReport]]
     """Accumulates the gradients of what `data.batch` gave."""
+    after_update: Callable[[], dict[str, float]] = dict
+    """Called on all ranks once the step has changed the weights; returns metrics, the same on all ranks."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ class Stage:
 
 def _contrastive_parts(setup: Setup) -> StageParts:
     data = Pairs(setup)
-    return StageParts(data, Contrastive(setup, data).forward_backward)
+    contrastive = Contrastive(setup, data)
+    return StageParts(data, contrastive.forward_backward, contrastive.after_update)
 
 
 def _language_parts(data: language.PackedDocuments | language.Instructions) -> StageParts:

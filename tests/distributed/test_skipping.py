@@ -16,7 +16,7 @@ from layouts import build_test_trainer, deterministic, final_weights, tiny_confi
 from megatron_conan.config import RunConfig
 
 CONTRASTIVE: dict[str, Any] = {
-    "mining": {"every": 20, "pool_size": 8, "window": 40, "margin": None, "drop_ratio": 1.001, "high_score": 1.1},
+    "mining": {"every": 20, "pool_size": 8, "window": 40, "margin": None, "low_score": 1.1},
     "contrastive": {"temperature": 0.05, "num_hard_negatives": 2},
     "soft_mask": {"schedule": "constant", "alpha": 1.0},
 }
@@ -32,6 +32,11 @@ def _config(stage: str, files: dict[str, Path], run: Path, parallel: str, max_sk
     train = {"steps": 6, "micro_batch_size": 2, "global_batch_size": 8, "max_skipped_steps": max_skipped}
     sections = {"train": train, "parallel": PARALLEL[parallel], "checkpoint": {"every": 2, "asynchronous": False}}
     return tiny_config(stage, files, run, **sections, **(CONTRASTIVE if stage == "finetune" else {}), **more)
+
+
+def _negatives(trainer: Any) -> dict[str, str]:
+    """Digest of each source's table."""
+    return {name: table.content_hash() for name, table in getattr(trainer.parts.data, "negatives", {}).items()}
 
 
 class _Poison:
@@ -51,9 +56,11 @@ class _Poison:
             self.parameter.data.copy_(self.kept)
             self.kept = None
         if step == self.steps[0]:
-            self.seen["before"] = final_weights(trainer)
+            self.seen |= {"before": final_weights(trainer), "negatives before": _negatives(trainer)}
         if step == self.steps[0] + 1:
-            self.seen["after"] = final_weights(trainer)
+            self.seen |= {"after": final_weights(trainer), "negatives after": _negatives(trainer)}
+        if step == self.steps[0] + 2:
+            self.seen["negatives later"] = _negatives(trainer)
         if self.what == "loss" and self.poisoned:
             self.kept = self.parameter.data.clone()
             self.parameter.data.fill_(float("nan"))
@@ -100,6 +107,8 @@ def test_a_poisoned_step_changes_nothing(
         assert (found["error"], found["skipped"]) == ("", (1, 0))
         for name, (before, *_) in found["before"].items():
             np.testing.assert_array_equal(found["after"][name][0], before, err_msg=name)
+        assert found["negatives after"] == found["negatives before"]
+        assert (found["negatives later"] != found["negatives after"]) == (stage == "finetune")
         assert any((found["weights"][name][0] != before).any() for name, (before, *_) in found["before"].items())
     lines = _metrics(tmp_path / "run")
     assert [line.get("skipped_steps") for line in lines] == [None, None, 1.0, 1.0, 1.0, 1.0]
@@ -114,14 +123,30 @@ def test_too_many_in_a_row_end_the_run(workers: WorkerPool, tiny_data: dict[str,
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text(encoding="utf-8") == "step_00000002\n"
     assert [line["step"] for line in _metrics(tmp_path / "run")] == [1, 2, 3]
     for rank in (0, 1):
-        kept = torch.load(tmp_path / "run" / "not_finite" / "step_00000004" / f"rank_{rank}.pt", weights_only=False)
+        kept = torch.load(tmp_path / "run" / "not_finite" / "step_00000004" / f"rank_{rank}.pt")
         assert (kept["step"], kept["rank"], math.isnan(kept["values"]["loss"])) == (4, rank, True)
         assert len(kept["batch"]) == 2  # micro-batches
-        assert kept["batch"][0].tokens.shape == (2, 32)
+        assert kept["batch"][0]["tokens"].shape == (2, 32)
     # the same command goes on from the last checkpoint, and gets over it if the cause is gone
     found = workers.run(_train, 2, config, "loss", [9], 1)
     assert [rank["error"] for rank in found] == ["", ""]
     assert [line["step"] for line in _metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_kept_batch_of_pairs_is_small_and_says_which_rows(
+    workers: WorkerPool, tiny_data: dict[str, Path], tmp_path: Path
+) -> None:
+    """Not the store of all texts, which may be terabytes; and it opens where there is no GPU, nor this package."""
+    config = _config("finetune", tiny_data, tmp_path / "run", "dp2", 0)
+    for found in workers.run(_train, 2, config, "loss", [3], 1):
+        assert "step 3 is not finite" in found["error"]
+    for rank in (0, 1):
+        file = tmp_path / "run" / "not_finite" / "step_00000003" / f"rank_{rank}.pt"
+        kept = torch.load(file)["batch"]
+        (batch,) = kept["batches"]
+        assert (batch["store"], len(batch["rows"])) == ("pairs", 8)
+        assert sum(part["tokens"].numel() for part in kept["micro_batches"]) >= kept["num_tokens"] > 0
+        assert file.stat().st_size < 40_000
 
 
 def test_single_ones_are_counted_over_a_resume(workers: WorkerPool, tiny_data: dict[str, Path], tmp_path: Path) -> None:
