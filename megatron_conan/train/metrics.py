@@ -43,7 +43,7 @@ def phase_seconds(taken: Mapping[str, float]) -> dict[str, float]:
     return {
         f"{phase}_seconds": seconds
         for phase, seconds in taken.items()
-        if phase in EVERY_STEP or (phase not in ("start", "step") and seconds >= 1e-3)
+        if phase in EVERY_STEP or (phase not in ("start", "step", "agree") and seconds >= 1e-3)
     }
 
 

@@ -28,15 +28,21 @@ LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, "StepReport"]]
 ForwardStep = Callable[[Iterator[Any], torch.nn.Module], tuple[Tensor, LossFunction | None]]
 
 
+Sum = float | Tensor
+
+
 @dataclass
 class StepReport:
-    """What a micro-batch tells about itself; sums, so that ranks and micro-batches can be added up."""
+    """What a micro-batch tells about itself; sums, so that ranks and micro-batches can be added up.
 
-    means: dict[str, tuple[float, float]] = field(default_factory=dict)
+    Those that lie on a device stay there: asking for them would make the device wait for the next micro-batch's launch.
+    """
+
+    means: dict[str, tuple[Sum, Sum]] = field(default_factory=dict)
     """name -> (sum, count): reported as sum / count over the global batch."""
-    totals: dict[str, float] = field(default_factory=dict)
+    totals: dict[str, Sum] = field(default_factory=dict)
     """name -> sum over the global batch."""
-    log_means: dict[str, tuple[float, float]] = field(default_factory=dict)
+    log_means: dict[str, tuple[Sum, Sum]] = field(default_factory=dict)
     """name -> (sum, count): reported as log(sum / count) over the global batch."""
 
 
@@ -100,6 +106,8 @@ def train_step(
         values = reduce_reports(forward_backward(), context)
     with phases.within("optimizer"):
         values["grad_norm"] = update(optimizer, math.isfinite(values["loss"]))
+        if context.device.type == "cuda":
+            torch.cuda.synchronize(context.device)  # the update is part of the step's seconds
     return values
 
 
@@ -129,9 +137,9 @@ def reduce_reports(reports: Sequence[StepReport], context: ParallelContext) -> d
         totals = sorted({name for report in reports for name in report.totals})
         logs = {name for report in reports for name in report.log_means}
         pairs = [[(report.means | report.log_means).get(name, (0.0, 0.0)) for report in reports] for name in means]
-        sums = [float(sum(value)) for pair in pairs for value in zip(*pair, strict=True)]
+        sums: list[Sum] = [sum(value) for pair in pairs for value in zip(*pair, strict=True)]
         sums += [sum(report.totals.get(name, 0.0) for report in reports) for name in totals]
-        reduced = torch.tensor(sums, dtype=torch.float64, device=context.device)
+        reduced = _one_tensor(sums, context.device)
         if context.dp_size > 1:
             dist.all_reduce(reduced, group=context.dp_group)
         numbers = reduced.tolist()
@@ -147,6 +155,15 @@ def reduce_reports(reports: Sequence[StepReport], context: ParallelContext) -> d
         dist.broadcast_object_list(box, src=last, group=context.pp_group, device=context.device)
         values = box[0]
     return values
+
+
+def _one_tensor(sums: Sequence[Sum], device: torch.device) -> Tensor:
+    """[len(sums)] float64, without waiting for those that lie on the device."""
+    numbers = torch.tensor([0.0 if isinstance(s, Tensor) else s for s in sums], dtype=torch.float64, device=device)
+    for i, value in enumerate(sums):
+        if isinstance(value, Tensor):
+            numbers[i] = value.to(device)
+    return numbers
 
 
 @torch.no_grad()
