@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -190,9 +191,12 @@ class NegativesTable:
         for name in ARRAYS:
             np.save(draft / f"{name}.npy", getattr(self, name))
         (draft / "table.json").write_text(json.dumps(self._metadata(), indent=2) + "\n")
+        for file in draft.iterdir():
+            _sync(file)
         if folder.exists():
             folder.rename(old)
         draft.rename(folder)
+        _sync(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
 
     @classmethod
@@ -289,6 +293,15 @@ def _read(file: Path, read: Callable[[Path], Any]) -> Any:
     except (OSError, EOFError, ValueError) as error:
         problem = f"is damaged ({error})" if file.exists() else "is missing"
         raise ValueError(f"{file} {problem}; {REMEDY}") from None
+
+
+def _sync(path: Path) -> None:
+    """Make it survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _count_filled(pool_ids: np.ndarray) -> np.ndarray:

@@ -18,6 +18,7 @@ from megatron_conan.parallel.context import ParallelContext
 from megatron_conan.train.checkpoint_files import (
     find_checkpoint,
     find_damage,
+    find_damage_beside,
     is_readable,
     read_state,
     saved_checkpoints,
@@ -49,7 +50,7 @@ def whole_checkpoint(run_dir: Path, context: ParallelContext) -> Path | None:
     folders = [run_dir / "checkpoints" / name for name in box[0]]
     damaged: list[tuple[str, str]] = []
     for folder in folders:
-        damage = damage_of(folder, context)
+        damage = damage_of(folder, context) or _damage_beside(folder, context)
         if not damage:
             for name, what in damaged if context.rank == 0 else []:
                 print(
@@ -71,6 +72,13 @@ def damage_of(folder: Path, context: ParallelContext) -> list[str]:
     parts: list[Any] = [None] * context.world_size
     dist.all_gather_object(parts, find_damage(folder, context.rank, context.world_size), group=context.world_group)
     return [what for part in parts for what in part]
+
+
+def _damage_beside(folder: Path, context: ParallelContext) -> list[str]:
+    """`find_damage_beside` as rank 0 sees it. All ranks must call."""
+    box = [find_damage_beside(folder) if context.rank == 0 else []]
+    dist.broadcast_object_list(box, src=0, group=context.world_group, device=context.device)
+    return box[0]
 
 
 def load_checkpoint(
@@ -159,6 +167,11 @@ def check_start(config: RunConfig, tokenizer_sha256: str) -> None:
     else:
         return
     state = read_state(folder)
+    if own and state["step"] > config.train.steps:
+        raise ValueError(
+            f"{config.run_dir} stands at step {state['step']}, beyond train.steps={config.train.steps}: raise it, or write an "
+            "earlier checkpoint's name into checkpoints/latest"
+        )
     if not own and folder != config.checkpoint.init_from and state["step"] < state["steps"]:
         raise ValueError(
             f"checkpoint.init_from={config.checkpoint.init_from} is a run that stands at step {state['step']} of "

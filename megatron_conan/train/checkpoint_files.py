@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ from megatron_conan.train.run_folder import write_atomically
 
 SUMS = "SHA256SUMS"
 STATE = "conan.json"
+NAME = re.compile(r"step_\d{8,}")
+"""What a checkpoint's folder is called; a copy beside it, such as step_00000100.old, isn't one."""
 NEEDED = ("*.distcp", ".metadata", "common.pt", "metadata.json")
 """What megatron-core reads."""
 
@@ -38,11 +42,21 @@ def saved_checkpoints(run_dir: Path) -> list[Path]:
 
     So writing an older name into `latest` takes a run back. Where it names none that is there, all count.
     """
-    folders = sorted((x for x in (run_dir / "checkpoints").glob("step_*") if x.is_dir()), reverse=True)
+    folders = _named_folders(run_dir / "checkpoints")[::-1]
     latest = run_dir / "checkpoints" / "latest"
     named = latest.read_text(encoding="utf-8", errors="replace").strip() if latest.exists() else ""
     names = [folder.name for folder in folders]
     return folders[names.index(named) :] if named in names else folders
+
+
+def _named_folders(parent: Path) -> list[Path]:
+    """Checkpoints in order of their steps."""
+    folders = [folder for folder in parent.glob("step_*") if NAME.fullmatch(folder.name) and folder.is_dir()]
+    return sorted(folders, key=_step_of)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
@@ -115,7 +129,10 @@ def find_damage(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
     sums = folder / SUMS
     if not sums.exists():
         return [f"{SUMS} is missing"] if part == 0 else []
-    lines = sums.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
+    try:
+        lines = sums.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
+    except OSError as error:
+        return [f"{SUMS} can't be read ({error})"]
     listed = {line.partition("  ")[2] for line in lines}
     needed = sorted({STATE, *(file.name for pattern in NEEDED for file in folder.glob(pattern))})
     found = [f"{name} isn't listed in {SUMS}" for name in needed if part == 0 and name not in listed]
@@ -126,11 +143,34 @@ def find_damage(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
         file = folder / name
         if not separator or not name or Path(name).name != name:
             found.append(f"line {i + 1} of {SUMS} can't be read")
-        elif not file.is_file():
-            found.append(f"{name} is missing")
-        elif file_sum(file) != expected:
-            found.append(f"{name} is not what was written (its SHA-256 differs, {file.stat().st_size:,} bytes)")
+        elif what := _difference(file, expected):
+            found.append(f"{name} {what}")
     return found
+
+
+def find_damage_beside(folder: Path) -> list[str]:
+    """What is wrong with files that a checkpoint needs to go on and that lie elsewhere in the run's folder.
+
+    The state of each hook lists them: `sums`, from a path within the run's folder to its SHA-256.
+
+    Args:
+        folder: a checkpoint in which `find_damage` finds nothing.
+    """
+    run_dir, hooks = folder.parent.parent, read_state(folder).get("hooks", {})
+    sums = {name: total for state in hooks.values() for name, total in state.get("sums", {}).items()}
+    return [f"{name} {what}" for name, total in sums.items() if (what := _difference(run_dir / name, total))]
+
+
+def _difference(file: Path, expected: str) -> str | None:
+    """How a file differs from the one whose SHA-256 is given."""
+    try:
+        if not file.is_file():
+            return "is missing"
+        if file_sum(file) != expected:
+            return f"is not what was written (its SHA-256 differs, {file.stat().st_size:,} bytes)"
+    except OSError as error:
+        return f"can't be read ({error})"
+    return None
 
 
 def commit(folder: Path, keep_last: int, keep_every: int | None) -> None:
@@ -145,10 +185,19 @@ def commit(folder: Path, keep_last: int, keep_every: int | None) -> None:
     temporary_folder(folder).replace(folder)
     sync(folder.parent)
     write_atomically(folder.parent / "latest", folder.name + "\n")
-    earlier = sorted(old for old in folder.parent.glob("step_*") if old.name <= folder.name)
+    earlier = [old for old in _named_folders(folder.parent) if _step_of(old) <= _step_of(folder)]
     for old in earlier[:-keep_last]:
-        if keep_every is None or int(old.name.removeprefix("step_")) % keep_every:
-            shutil.rmtree(old)
+        if keep_every is None or _step_of(old) % keep_every:
+            _remove(old)
+
+
+def _remove(old: Path) -> None:
+    """Remove a checkpoint that is no longer kept; if it can't be, that is no reason to end the run."""
+    try:
+        going = old.rename(temporary_folder(old))  # not half a checkpoint if it ends here; the next one makes way
+        shutil.rmtree(going)
+    except OSError as error:
+        print(f"warning: {old}, which is no longer kept, can't be removed: {error}", file=sys.stderr, flush=True)
 
 
 def sync(path: Path) -> None:

@@ -18,8 +18,10 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
@@ -28,7 +30,7 @@ from megatron_conan.parallel.context import ParallelContext
 from megatron_conan.train.checkpoint import sharded_state
 from megatron_conan.train.checkpoint_files import STATE, checkpoint_name, commit, seal, temporary_folder
 from megatron_conan.train.checkpoint_worker import Written, write_buckets
-from megatron_conan.train.checkpoint_writer import BackgroundWriter, can_write_in_background
+from megatron_conan.train.checkpoint_writer import DIED, BackgroundWriter, can_write_in_background
 from megatron_conan.train.optimizer_state import OPTIMIZER_SHARDING
 from megatron_conan.train.run_folder import WriteError, write_atomically
 
@@ -41,7 +43,8 @@ class _Saving:
     """A checkpoint that is being written."""
 
     folder: Path
-    request: AsyncRequest
+    finalize: list[Callable[[], None]]
+    """megatron-core's, which write the index of all files from `results`."""
     results: SimpleQueue[Any]
     state: dict[str, Any]
     written: Written | None = None
@@ -55,6 +58,10 @@ class Checkpointer:
         self._settings, self._context = config.checkpoint, context
         self._folder = config.run_dir / "checkpoints"
         self._saving: _Saving | None = None
+        # what data-parallel ranks hold alike is shared out among them
+        self._strategy = FullyParallelSaveStrategyWrapper(
+            get_default_save_sharded_strategy(), context.dp_group, do_cache_distribution=True
+        )
         self._writer: BackgroundWriter | None = None
         every = config.checkpoint.every
         several = every is not None and every < config.train.steps  # nothing goes on beside the last one
@@ -70,7 +77,7 @@ class Checkpointer:
             step: optimizer steps done.
             chunks: this rank's model chunks.
             optimizer: their optimizer.
-            state: small JSON values that describe the run at this step, the same on every rank.
+            state: small JSON values that describe the run at this step; rank 0's are saved.
 
         Raises:
             OSError: on all ranks, if this or the last checkpoint could not be written; the ones before it are there.
@@ -87,10 +94,11 @@ class Checkpointer:
                 sharded_state(chunks, optimizer, is_loading=False),
                 str(temporary),
                 content_metadata=dict(OPTIMIZER_SHARDING),
+                sharded_strategy=self._strategy,
                 async_sharded_save=True,
             )
         assert request is not None
-        self._saving = _Saving(folder, request, results, {"step": step, **state})
+        self._saving = _Saving(folder, request.finalize_fns, results, {"step": step, **state})
         buckets, transforms = _work(request)
         if self._writer is None:
             self._saving.written = write_buckets(_on_host(buckets), transforms)
@@ -130,11 +138,16 @@ class Checkpointer:
         folder, temporary = saving.folder, temporary_folder(saving.folder)
         errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(parts) if error is not None]
         with self._giving_up(folder):
+            if errors and DIED in errors[0]:
+                raise OSError(
+                    f"checkpoint {folder} could not be written: {errors[0]}, perhaps for want of memory. Start the same "
+                    "command again: it goes on from the last checkpoint; checkpoint.asynchronous=false needs none"
+                )
             if errors:
                 raise WriteError(f"checkpoint {folder}", self._folder, errors[0])
             if saving.written.results:
                 saving.results.put(saving.written.results)
-            for finalize in saving.request.finalize_fns:  # megatron-core's index of all files
+            for finalize in saving.finalize:
                 finalize()
 
         def name_it() -> None:
@@ -173,7 +186,7 @@ class Checkpointer:
                 raise
             if self._context.rank == 0:
                 shutil.rmtree(temporary_folder(folder), ignore_errors=True)
-            if isinstance(error, WriteError):
+            if isinstance(error, WriteError) or DIED in str(error):
                 raise
             raise WriteError(f"checkpoint {folder}", self._folder, error) from error
 
@@ -181,7 +194,7 @@ class Checkpointer:
 def _make_way(temporary: Path) -> None:
     """An empty folder, and nothing left of earlier ones: of this checkpoint, or of a run that was killed."""
     for left in temporary.parent.glob(".step_*.tmp"):
-        shutil.rmtree(left)
+        shutil.rmtree(left, ignore_errors=True)  # of another one, what can't go stays until the next
     temporary.mkdir(parents=True)
 
 

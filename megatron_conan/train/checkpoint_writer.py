@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import pickle
@@ -15,6 +16,7 @@ from torch import Tensor
 from megatron_conan.train.checkpoint_worker import LENGTH, REQUEST, Staged, Written
 
 ALIGNMENT = 64
+DIED = "the process that writes checkpoints has died"
 
 
 def can_write_in_background() -> bool:
@@ -94,7 +96,7 @@ class BackgroundWriter:
         answer = stream.read(LENGTH.unpack(header)[0]) if len(header) == LENGTH.size else b""
         if not answer:
             status = self._process.wait()
-            return Written({}, {}, f"the process that writes checkpoints has died (exit status {status})")
+            return Written({}, {}, f"{DIED} (exit status {status})")
         written: Written = pickle.loads(answer)
         return written
 
@@ -102,7 +104,8 @@ class BackgroundWriter:
         """End the process, after what it is writing."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it has died: `result` told, if it was asked
+            self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()
         if self._descriptor >= 0:

@@ -31,7 +31,7 @@ from megatron_conan.train.phases import Phases
 from megatron_conan.train.profiling import ProfilerWindow
 from megatron_conan.train.run_folder import open_run_folder
 from megatron_conan.train.setup import Setup
-from megatron_conan.train.skipping import SkippedSteps, save_batch
+from megatron_conan.train.skipping import SkippedSteps, is_finite, save_batch
 from megatron_conan.train.stages import STAGES, StageParts
 from megatron_conan.train.step import embed_texts, train_step
 from megatron_conan.train.stopping import StopRequest, stop_file
@@ -48,7 +48,10 @@ class Hook(Protocol):
         """Called once after the last step."""
 
     def state(self, trainer: Trainer, step: int) -> dict[str, Any]:
-        """What a checkpoint must remember; the same on all ranks."""
+        """What a checkpoint must remember, as JSON; rank 0's is saved. All ranks call.
+
+        `sums`, if there are any, tell the SHA-256 of files in the run's folder without which the checkpoint is damaged.
+        """
 
     def restore(self, trainer: Trainer, state: dict[str, Any]) -> None:
         """Take over what `state` gave, on resume."""
@@ -166,9 +169,9 @@ def train(trainer: Trainer) -> dict[str, float]:
                 with trainer.phases.within(name):
                     hook.after_training(trainer)
     finally:
-        checkpointer.close()
         if writer is not None:
             writer.close()
+        checkpointer.close()
     return values
 
 
@@ -194,6 +197,9 @@ def one_step(trainer: Trainer) -> dict[str, float]:
     forward_backward = partial(trainer.parts.forward_backward, trainer.chunks, batch)
     values = train_step(trainer.chunks, trainer.optimizer, forward_backward, setup.context, phases)
     trainer.step = step
+    if is_finite(values):
+        with phases.within("optimizer"):
+            values |= trainer.parts.after_update()
     seconds = time.monotonic() - started
     _skip_if_not_finite(trainer, batch, values)
     timing = {
@@ -233,7 +239,8 @@ def _skip_if_not_finite(trainer: Trainer, batch: Any, values: dict[str, float]) 
 def _keep(trainer: Trainer, checkpointer: Checkpointer, request: StopRequest) -> bool:
     """Name the checkpoint that has been written, and save one if it is due. Returns whether to stop, as all ranks agree."""
     config, step, context = trainer.setup.config, trainer.step, trainer.setup.context
-    stop, unwritten = _on_any_rank(context, request.is_made(), not checkpointer.is_written())
+    with trainer.phases.within("agree"):
+        stop, unwritten = _on_any_rank(context, request.is_made(), not checkpointer.is_written())
     every = config.checkpoint.every
     due = stop or step == config.train.steps or (every is not None and step % every == 0)
     if not due and (unwritten or not checkpointer.is_saving):

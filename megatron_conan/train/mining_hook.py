@@ -21,7 +21,7 @@ from megatron_conan.mining.rows import weights_fingerprint
 from megatron_conan.mining.rules import QueryRule, Rule, SwapRule
 from megatron_conan.mining.select import SelectionSettings
 from megatron_conan.mining.table import NegativesTable
-from megatron_conan.train.checkpoint_files import temporary_folder
+from megatron_conan.train.checkpoint_files import NAME, checkpoint_name, file_sum, temporary_folder
 from megatron_conan.train.loop import Trainer
 from megatron_conan.train.pair_data import Pairs
 from megatron_conan.train.run_folder import write_atomically, writing
@@ -71,24 +71,29 @@ class MiningHook:
         """Nothing: negatives are for training only."""
 
     def state(self, trainer: Trainer, step: int) -> dict[str, Any]:
-        """Write the tables as they stand and remember the folder. Raises RuntimeError if the ranks' tables differ."""
+        """Write the tables as they stand and remember the folder; rank 0 knows the files' sums.
+
+        Raises:
+            RuntimeError: if the ranks' tables differ.
+        """
         data = trainer.parts.data
         assert isinstance(data, Pairs)
         for source in sorted(data.negatives):
             check_identical(data.negatives[source], self.setup.context, source)
-        name = f"step_{step:08d}"
+        name, run_dir, sums = checkpoint_name(step), self.setup.config.run_dir, {}
         if self.setup.context.rank == 0:
             for source, table in data.negatives.items():
                 folder = self._folder() / name / source
                 with writing(folder):
                     table.save(folder)
-            checkpoints = self.setup.config.run_dir / "checkpoints"
-            for folder in self._folder().glob("step_*"):
+                sums |= {str(file.relative_to(run_dir)): file_sum(file) for file in sorted(folder.iterdir())}
+            checkpoints = run_dir / "checkpoints"
+            for folder in filter(lambda path: NAME.fullmatch(path.name), self._folder().glob("step_*")):
                 checkpoint = checkpoints / folder.name
                 # the one before may still be being written
                 if folder.name != name and not checkpoint.is_dir() and not temporary_folder(checkpoint).is_dir():
                     shutil.rmtree(folder)
-        return {"folder": name, "sources": sorted(data.negatives)}
+        return {"folder": name, "sources": sorted(data.negatives), "sums": sums}
 
     def restore(self, trainer: Trainer, state: dict[str, Any]) -> None:
         """Read the tables of the checkpoint that the run resumes from."""

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from layouts import assemble, build_test_trainer, deterministic, final_weights, 
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from megatron_conan.config import RunConfig
-from megatron_conan.train.checkpoint_files import find_damage, saved_checkpoints
+from megatron_conan.train.checkpoint_files import find_damage, find_damage_beside, saved_checkpoints
+from megatron_conan.train.checkpoint_writer import BackgroundWriter
 
 MINING = {
     "mining": {"every": 3, "pool_size": 8, "window": 40},
@@ -108,6 +110,10 @@ def _train_and_tell(config: RunConfig) -> dict[str, Any]:
 
 def _damage(folder: Path, how: str) -> str:
     """Damage one of rank 1's files; returns what should be said of it."""
+    if how == "negatives":  # they lie beside the checkpoint, and it is nothing without them
+        table = folder.parent.parent / "negatives" / folder.name / "pairs" / "pool_scores.npy"
+        table.write_bytes(table.read_bytes()[:-1] + b"\1")
+        return f"negatives/{folder.name}/pairs/pool_scores.npy is not what was written"
     file = max(folder.glob("__1_*.distcp"), key=lambda path: path.stat().st_size)
     content = bytearray(file.read_bytes())
     if how == "flipped byte":
@@ -129,7 +135,11 @@ def _damage(folder: Path, how: str) -> str:
 
 @pytest.mark.parametrize(
     ("stage", "how"),
-    [*(("pretrain", how) for how in ("flipped byte", "truncated", "missing", "state", "sums")), ("finetune", "state")],
+    [
+        *(("pretrain", how) for how in ("flipped byte", "truncated", "missing", "state", "sums")),
+        ("finetune", "state"),
+        ("finetune", "negatives"),
+    ],
 )
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     how: str,
@@ -142,7 +152,8 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     whole = workers.run(train_run, 2, config)
     lines = [deterministic(json.loads(line)) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
     said = _damage(config.run_dir / "checkpoints" / "step_00000008", how)
-    assert find_damage(config.run_dir / "checkpoints" / "step_00000008")[0].startswith(said)
+    newest = config.run_dir / "checkpoints" / "step_00000008"
+    assert [*find_damage(newest), *(find_damage_beside(newest) if how == "negatives" else [])][0].startswith(said)
     again = workers.run(_train_and_tell, 2, config)
     told = "".join(rank["told"] for rank in again)
     assert f"warning: checkpoint step_00000008 is damaged, step_00000006 is used: {said}" in told
@@ -234,7 +245,20 @@ def test_a_writer_that_dies_fails_its_checkpoint_only(
     )
     assert found, messages
     assert messages[0] == messages[1]
+    assert "checkpoint.asynchronous=false" in messages[0]
+    assert "Make room" not in messages[0]
     failed = int(found[1])  # that of step 2 may have been under way
     assert _names(config.run_dir) == (["latest", "step_00000002"] if failed == 4 else [])
     workers.run(train_run, 2, config)
     assert _names(config.run_dir)[-1] == "step_00000008"
+
+
+def test_a_writer_that_dies_between_two_checkpoints(tmp_path: Path) -> None:
+    """What is then asked of it fails as such, and closing it doesn't."""
+    writer = BackgroundWriter()
+    os.kill(writer._process.pid, signal.SIGKILL)
+    writer._process.wait()
+    writer.submit([(str(tmp_path / "__0_0.distcp"), "name", ([], []))], [])
+    assert writer.is_done()
+    assert writer.result().error == "the process that writes checkpoints has died (exit status -9)"
+    writer.close()

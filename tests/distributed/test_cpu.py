@@ -24,7 +24,6 @@ EXPECTED = {
     ("cuda.current_device", "megatron.core.utils"),
     ("cuda.get_rng_state", "megatron.core.tensor_parallel.random"),
     ("cuda.manual_seed", "megatron.core.tensor_parallel.random"),
-    ("cuda.synchronize", "megatron.core.dist_checkpointing.strategies.filesystem_async"),
     ("cuda.synchronize", "megatron.core.pipeline_parallel.p2p_communication"),
     ("random._get_cuda_rng_state", "megatron.core.tensor_parallel.random"),
     ("random._set_cuda_rng_state", "megatron.core.tensor_parallel.random"),

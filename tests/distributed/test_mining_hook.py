@@ -316,7 +316,7 @@ def test_ranks_with_unequal_tables_all_stop(workers: WorkerPool, files: dict[str
 
 
 def _resume_refused(config: RunConfig) -> str:
-    with pytest.raises(ValueError, match=r"negatives/step_") as caught:
+    with pytest.raises(ValueError, match=r"negatives/step_|data changed") as caught:
         train_run(config)
     return str(caught.value)
 
@@ -345,28 +345,29 @@ def test_resume_refuses_another_rule_other_data_and_damaged_negatives(
     (data / "other.jsonl").write_text(text.replace(replaced, "a text that stood nowhere"), encoding="utf-8")
     preprocess_pairs("retrieval", [data / "other.jsonl"], files["tokenizer"], data / "other")
     (told,) = set(workers.run(_resume_refused, 2, more))  # all ranks say the same
-    assert told.startswith(f"{table} was mined from other data (tokens_sha256: ")
-    assert "start another run from this one's weights (checkpoint.init_from)" in told
-    assert not any(name in told for name in ("num_rows", "num_texts", "num_documents"))
+    assert told.startswith("the data changed since the run began: data.sources.0: other.bin ")
+    assert "other.corpus.npy" not in told
+    assert told.endswith("Bring the old files back, or give another run_dir")
 
     shutil.copytree(kept, data, dirs_exist_ok=True)
     positives = np.load(data / "other.positives.npy")
     positives[[3, 4]] = positives[[4, 3]]
     np.save(data / "other.positives.npy", positives)
     (told,) = set(workers.run(_resume_refused, 2, more))
-    assert told.startswith(f"{table} was mined from other data (rows_sha256: ")
+    changed = "data.sources.0: other.positives.npy has other content of the same size"
+    assert told.startswith(f"the data changed since the run began: {changed}. ")
 
     shutil.copytree(kept, data, dirs_exist_ok=True)
     for name, size in (("pointer.npy", -8), ("pool_ids.npy", 0), ("table.json", -20)):
         whole = (table / name).read_bytes()
         (table / name).write_bytes(whole[:size])
         (told,) = set(workers.run(_resume_refused, 2, more))
-        assert told.startswith(f"{table / name} is damaged (")
-        assert told.endswith("or go on from an earlier checkpoint: write its name into checkpoints/latest")
+        file = f"negatives/step_00000004/other/{name}"
+        assert f"all checkpoints of {run} are damaged. step_00000004: {file} is not what was written" in told
         (table / name).write_bytes(whole)
     table.parent.rename(tmp_path / "away")
     (told,) = set(workers.run(_resume_refused, 2, more))
-    assert told.startswith(f"{table / 'table.json'} is missing; put a whole one back")
+    assert "negatives/step_00000004/other/table.json is missing" in told
     (tmp_path / "away").rename(table.parent)
     workers.run(train_run, 2, more)  # all is as it was
     assert (run / "checkpoints" / "latest").read_text() == "step_00000006\n"
@@ -376,7 +377,7 @@ def _stop_in_checkpoint(config: RunConfig) -> None:
     """End after the tables are saved, before the checkpoint that names them is."""
     from megatron_conan.train import loop
 
-    with patch.object(loop, "save_checkpoint", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+    with patch.object(loop.Checkpointer, "save", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
         train_run(config)
 
 

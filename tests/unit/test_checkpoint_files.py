@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,9 @@ from megatron_conan.train.checkpoint_files import (
     STATE,
     SUMS,
     commit,
+    file_sum,
     find_damage,
+    find_damage_beside,
     is_readable,
     saved_checkpoints,
     seal,
@@ -98,3 +102,57 @@ def test_a_state_that_was_changed_is_not_believed(tmp_path: Path) -> None:
     assert is_readable(whole)
     (whole / SUMS).unlink()
     assert not is_readable(whole)
+
+
+def test_a_copy_beside_a_checkpoint_is_neither_used_nor_removed(tmp_path: Path) -> None:
+    for step in (2, 4):
+        _checkpoint(tmp_path, step)
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(folder / "step_00000002", folder / "step_00000002.bak")
+    for step in (6, 8):
+        _checkpoint(tmp_path, step)
+    assert _names(tmp_path) == ["step_00000008", "step_00000006"]
+    assert sorted(path.name for path in folder.glob("step_*")) == [
+        "step_00000002.bak",
+        "step_00000006",
+        "step_00000008",
+    ]
+
+
+def test_steps_of_more_digits_are_later(tmp_path: Path) -> None:
+    for step in (99_999_998, 100_000_000):
+        _checkpoint(tmp_path, step)
+    assert _names(tmp_path) == ["step_100000000", "step_99999998"]
+
+
+def test_one_that_cannot_be_removed_is_no_reason_to_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on NFS, while somebody reads it."""
+    _checkpoint(tmp_path, 2)
+    _checkpoint(tmp_path, 4)
+
+    def refuse(path: Path) -> None:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda path, ignore_errors=False: None if ignore_errors else refuse(path))
+        _checkpoint(tmp_path, 6)
+    assert "step_00000002, which is no longer kept, can't be removed" in capsys.readouterr().err
+    assert _names(tmp_path) == ["step_00000006", "step_00000004"]
+
+
+def test_files_beside_a_checkpoint(tmp_path: Path) -> None:
+    """Those that a hook's state lists."""
+    table = tmp_path / "negatives" / "table.npy"
+    table.parent.mkdir()
+    table.write_bytes(b"123")
+    folder = _checkpoint(tmp_path, 2)
+    assert find_damage_beside(folder) == []
+    state = {"hooks": {"mining": {"sums": {"negatives/table.npy": file_sum(table)}}, "evaluation": {}}}
+    (folder / STATE).write_text(json.dumps(state))
+    assert find_damage_beside(folder) == []
+    table.write_bytes(b"124")
+    assert find_damage_beside(folder)[0].startswith("negatives/table.npy is not what was written (its SHA-256 differs")
+    table.unlink()
+    assert find_damage_beside(folder) == ["negatives/table.npy is missing"]
