@@ -7,6 +7,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+ORDER = ("start", "hooks", "data", "forward_backward", "optimizer", "agree", "checkpoint", "ended")
+"""A step's phases as they follow each other. "hooks" are all of any other name; "start" is what lies between phases."""
+
+
+def place(phase: str) -> int:
+    """How far a rank in this phase has come in its step."""
+    return ORDER.index(phase if phase in ORDER else "hooks")
+
 
 @dataclass
 class Phases:
@@ -18,7 +26,7 @@ class Phases:
     step: int = 0
     """The step that is being made, from 1; 0 before the first."""
     phase: str = "start"
-    """Such as data, forward_backward, optimizer, mining, evaluation, checkpoint."""
+    """One of ORDER, or a hook: mining, evaluation."""
     since: float = field(default_factory=time.monotonic)
     """time.monotonic() at which the phase was entered, or gone back to."""
     seconds: dict[str, float] = field(default_factory=dict)
