@@ -85,6 +85,9 @@ def padded_sequences(q: Tensor, lengths: Tensor | None) -> Sequences:
         length = torch.full_like(place, s)
         boundaries = torch.arange(0, b * s + 1, s, device=q.device, dtype=torch.int32)
     else:
+        lengths = lengths.clamp(
+            0, s
+        )  # a GPU's values are not looked at before: wrong ones must not reach beyond the tensors
         length = lengths.to(torch.int64).repeat_interleave(s, output_size=b * s)  # [b] -> [b * s]
         inside = position < length
         first = torch.arange(0, b * s, s, device=q.device)
@@ -115,6 +118,7 @@ def packed_sequences(q: Tensor, cu_seqlens: Tensor, max_length: int) -> Sequence
     """Sequences of q [t, n, d] between `cu_seqlens` [num_sequences + 1], none longer than `max_length`."""
     t, num_sequences = q.shape[0], cu_seqlens.shape[0] - 1
     place = torch.arange(t, device=q.device)
+    cu_seqlens = cu_seqlens.clamp(0, t)  # as lengths above
     bounds = cu_seqlens.to(torch.int64)
     sequence = (torch.searchsorted(bounds, place, right=True) - 1).clamp(0, num_sequences - 1)
     start, end = bounds[sequence], bounds[sequence + 1]

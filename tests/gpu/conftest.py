@@ -1,4 +1,4 @@
-"""Tests that need a CUDA GPU and the compiled kernels; skipped with the reason where there is none."""
+"""Tests that need a CUDA GPU, and are skipped with the reason where there is none, and the compiled kernels."""
 
 import pytest
 import torch
@@ -13,14 +13,15 @@ def missing() -> str | None:
     capability = torch.cuda.get_device_capability()
     if capability < (8, 0):
         return f"needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
-    error = library_error()
-    return f"the compiled kernels are not there: {error}" if error else None
+    return None
 
 
 @pytest.fixture(autouse=True)
 def _needs_gpu_and_kernels() -> None:
     if reason := missing():
         pytest.skip(reason)
+    if error := library_error():
+        pytest.fail(f"the compiled kernels are not there: {error}")
 
 
 @pytest.fixture

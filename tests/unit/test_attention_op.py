@@ -145,12 +145,15 @@ def test_gradient_of_alpha_is_computed_only_where_it_is_asked_for(monkeypatch):
 
 
 def test_the_operator_gets_what_the_kernel_reads(monkeypatch):
-    """alpha in fp32 and lengths in int32, whatever the caller has."""
+    """alpha in fp32 and lengths in int32, both contiguous, whatever the caller has."""
     seen = []
     monkeypatch.setattr(torch.ops.megatron_conan, "soft_mask_attention", lambda *x: seen.append(x) or x[:2])
     q, k, v = (torch.zeros(2, 7, n, 8, dtype=torch.bfloat16) for n in (4, 2, 2))
+    lengths_of_others = torch.tensor([[7, 1], [3, 1]], dtype=torch.int32)[:, 0]
+    soft_mask_attention(q, k, v, torch.tensor(0.5).expand(4), form="constant", lengths=lengths_of_others)
     soft_mask_attention(q, k, v, torch.tensor(0.5).bfloat16(), lengths=torch.tensor([7, 3]))
-    ((*_, alpha, lengths, cu_seqlens, max_length, form, scale),) = seen
+    assert all(alpha.is_contiguous() and lengths.is_contiguous() for *_, alpha, lengths, _, _, _, _ in seen)
+    *_, alpha, lengths, cu_seqlens, max_length, form, scale = seen[-1]
     assert (alpha.dtype, lengths.dtype) == (torch.float32, torch.int32)
     assert (cu_seqlens, max_length, form, scale) == (None, 0, "row", 8**-0.5)
 

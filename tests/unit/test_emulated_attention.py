@@ -259,6 +259,15 @@ def test_closed_mask_hides_all_keys_above_the_diagonal(generator, form, first):
     assert not torch.equal(results[0][0][:, first:], results[1][0][:, first:])
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_an_opening_that_is_no_number_shows(generator, form):
+    """In every row with a key above the diagonal, instead of an opening of 0 or 1 that looks right."""
+    q, k, v = (normal(generator, BF16, 1, 200, n, 64) for n in (2, 1, 1))
+    out, _ = emulated_forward(q, k, v, torch.tensor(float("nan")), form)
+    assert out[0, :-1].isnan().all()
+    assert out[0, -1].isfinite().all()
+
+
 # ---- that the emulation would see it
 
 SYNCHRONISATION = re.compile(r"\b((?:block|warp)_barrier\(\)|copy_wait<\d+>\(\)|copy_commit\(\));(.*)")

@@ -111,6 +111,13 @@ __device__ __forceinline__ float exp2_fast(float x) {
 }
 __device__ __forceinline__ float log2_fast(float x) { return __log2f(x); }
 
+// The smaller number; NaN if one of them is.
+__device__ __forceinline__ float min_or_nan(float x, float y) {
+  float least;
+  asm("min.NaN.f32 %0, %1, %2;\n" : "=f"(least) : "f"(x), "f"(y));
+  return least;
+}
+
 __device__ __forceinline__ void block_barrier() { __syncthreads(); }
 __device__ __forceinline__ void warp_barrier() { __syncwarp(); }
 
@@ -129,6 +136,7 @@ template <class... P>
 int launch(void (*kernel)(P...), dim3 grid, int threads, size_t shared_bytes, void* stream, P... arguments) {
   cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  (void)cudaGetLastError();  // an earlier call's is not this one's
   if (error != cudaSuccess) return error;
   kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
   return cudaGetLastError();

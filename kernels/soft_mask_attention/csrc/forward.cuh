@@ -97,7 +97,7 @@ __device__ __forceinline__ void load_rows(SharedAddress to, const char* from, in
 // log2 of the weight above the diagonal: log2 min(alpha l / place, 1), where `place` is i (row form) or j (column form) counted
 // from 1, and log2_opening is log2(alpha l).
 __device__ __forceinline__ float log2_weight(float log2_opening, int place) {
-  return fminf(log2_opening - log2_fast(static_cast<float>(place)), 0.0f);
+  return min_or_nan(log2_opening - log2_fast(static_cast<float>(place)), 0.0f);
 }
 
 // What is known of one block's tile of rows while it goes over the keys.
@@ -302,7 +302,7 @@ __global__ void __launch_bounds__(ForwardTile<HEAD_DIM>::threads) forward_kernel
     const int warp_row = tile * Tile::rows + thread_index() / 32 * Tile::warp_rows;  // the warp's first row
     const float alpha = p.alpha[at.head * p.alpha_stride];
     const Mask mask{p.form, length, log2_fast(p.form == Form::constant ? alpha : alpha * static_cast<float>(length))};
-    const bool open = alpha > 0.0f;  // with alpha = 0 tiles above the diagonal are left out
+    const bool open = !(alpha <= 0.0f);  // with alpha = 0 tiles above the diagonal are left out; one that is NaN shows
     const int keys_end = tile * Tile::rows >= length ? 0 : open ? length : min(length, (tile + 1) * Tile::rows);
     Rows rows;
     rows.clear();

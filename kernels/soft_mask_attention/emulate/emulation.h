@@ -181,6 +181,8 @@ inline float log2_fast(float x) {
   return std::log2(x);
 }
 
+inline float min_or_nan(float x, float y) { return x != x || x < y ? x : y; }
+
 inline void block_barrier() { emulation::machine.arrive(emulation::Machine::block_barrier_operation); }
 inline void warp_barrier() { emulation::machine.arrive(emulation::warp_barrier_operation); }
 
