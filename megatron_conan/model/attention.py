@@ -97,7 +97,8 @@ class SoftMaskAttention(MegatronModule):
         self.theta: torch.nn.Parameter | None = None
         if soft_mask.form == "learned":
             heads = config.num_attention_heads // config.tensor_model_parallel_size
-            self.theta = torch.nn.Parameter(torch.full((heads,), LEARNED_THETA_START, dtype=torch.float32))
+            # theta less its start: around 0 a bf16 weight can follow small changes, around -6 it moves in steps of 1/32
+            self.theta = torch.nn.Parameter(torch.zeros(heads))
             self.theta.tensor_model_parallel = True  # type: ignore[attr-defined]
             self.theta.partition_dim = 0  # type: ignore[attr-defined]
             self.theta.partition_stride = 1  # type: ignore[attr-defined]
@@ -203,11 +204,12 @@ class _Unpad(torch.autograd.Function):
 
 
 def effective_alpha(soft_mask: SoftMask, theta: Tensor | None) -> tuple[Form, Tensor]:
-    """Form and alpha of the attention; the learned form is alpha_h = a + (1 - a) sigmoid(theta_h), the same everywhere.
+    """Form and alpha of the attention; the learned form is alpha_h = a + (1 - a) sigmoid(-6 + theta_h), the same everywhere.
 
     a(t) is the schedule, so that every learned run starts nearly causal and ends exactly bidirectional.
     """
     if soft_mask.form == "learned":
         assert theta is not None
-        return "constant", soft_mask.alpha + (1.0 - soft_mask.alpha) * torch.sigmoid(theta.float())
+        opening = torch.sigmoid(LEARNED_THETA_START + theta.float())
+        return "constant", soft_mask.alpha + (1.0 - soft_mask.alpha) * opening
     return soft_mask.form, soft_mask.alpha

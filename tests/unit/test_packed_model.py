@@ -21,7 +21,13 @@ from megatron_conan.config import RunConfig
 from megatron_conan.config.tree import SoftMaskConfig
 from megatron_conan.data.packing import PackedSequences, pack_sequences, pack_texts
 from megatron_conan.kernels.soft_mask_attention import AttentionCase
-from megatron_conan.model.attention import SoftMaskAttention, attention_case, check_attention, computes_packed
+from megatron_conan.model.attention import (
+    LEARNED_THETA_START,
+    SoftMaskAttention,
+    attention_case,
+    check_attention,
+    computes_packed,
+)
 from megatron_conan.model.mask import SoftMask
 
 HEADS, GROUPS, HEAD_DIM = 4, 2, 8
@@ -46,7 +52,7 @@ def attention(backend: str, form: str, alpha: float) -> SoftMaskAttention:
     mask = SoftMask(SoftMaskConfig(form=form, schedule="constant", alpha=alpha), steps=1, device=torch.device("cpu"))
     module = SoftMaskAttention(core, layer_number=1, soft_mask=mask, backend=backend)
     if module.theta is not None:
-        module.theta.data.copy_(torch.linspace(-2, 2, HEADS))
+        module.theta.data.copy_(torch.linspace(-2, 2, HEADS) - LEARNED_THETA_START)
     return module
 
 

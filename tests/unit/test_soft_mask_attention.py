@@ -132,7 +132,7 @@ def test_half_open_mask_is_its_definition_in_value_and_gradient(size, form, alph
         module = attention(backend, form, alpha, groups)
         leaves = inputs.leaves(torch.float32)
         if module.theta is not None:
-            torch.nn.init.ones_(module.theta).data.copy_(theta.detach())
+            torch.nn.init.ones_(module.theta).data.copy_(theta.detach() - LEARNED_THETA_START)
             leaves.append(module.theta)
         out = run(module, *leaves[:3], inputs.lengths)
         torch.testing.assert_close(out[inputs.inside].double(), expected[inputs.inside], rtol=0, atol=2e-6)
@@ -228,7 +228,7 @@ def test_learned_form_starts_nearly_causal_and_ends_bidirectional():
     module = attention("sdpa", "learned", 0.0, 2)
     assert module.theta is not None
     assert module.theta.shape == (HEADS,)
-    assert torch.equal(module.theta.data, torch.full((HEADS,), LEARNED_THETA_START))
+    assert not module.theta.any()
     form, alpha = effective_alpha(module.soft_mask, module.theta)
     assert form == "constant"
     assert ((alpha > 0.001) & (alpha < 0.003)).all()
@@ -243,9 +243,11 @@ def test_learned_opening_and_scale_count_without_gradients_too(backend):
     module = SoftMaskAttention(closed.config, 1, closed.soft_mask, backend, softmax_scale=0.7)
     q, k, v = (x.float() for x in (inputs.q, inputs.k, inputs.v))
     with torch.no_grad():
-        module.theta.copy_(torch.linspace(-2, 2, HEADS))
+        module.theta.copy_(torch.linspace(-2, 2, HEADS) - LEARNED_THETA_START)
         found = run(module, q, k, v, inputs.lengths)
-    expected = reference(q, k, v, torch.sigmoid(module.theta), "constant", lengths=inputs.lengths, scale=0.7)[0]
+    expected = reference(
+        q, k, v, torch.sigmoid(module.theta + LEARNED_THETA_START), "constant", lengths=inputs.lengths, scale=0.7
+    )[0]
     assert module.scale == 0.7
     torch.testing.assert_close(found[inputs.inside], expected[inputs.inside].detach(), rtol=1e-5, atol=1e-6)
 
