@@ -78,7 +78,9 @@ def gpu_name_and_clocks() -> dict[str, Any]:
     for _ in range(500):
         torch.mm(a, a)
     fields = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
-    index = torch.cuda.current_device()
+    index = (
+        f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"  # nvidia-smi counts all there are
+    )
     found: dict[str, Any] = {"torch name": torch.cuda.get_device_name(), "torch CUDA": torch.version.cuda}
     found |= {"cuDNN": torch.backends.cudnn.version(), "capability": torch.cuda.get_device_capability()}
     try:

@@ -5,6 +5,7 @@ Shapes: `b` batch, `s` sequence, `t` packed tokens, `n` query heads, `g` key/val
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -166,10 +167,11 @@ def sdpa_without_mask(problem: Problem, causal: bool, backend: SDPBackend | None
 def varlen_without_mask(problem: Problem, causal: bool) -> Call:
     """torch's attention over packed sequences, causal or full."""
     cu, longest = problem.cu_seqlens, max(problem.sizes)
-    window, grouped = (-1, 0) if causal else (-1, -1), problem.q.shape[1] != problem.k.shape[1]
-    return lambda: varlen_attn(
-        problem.q, problem.k, problem.v, cu, cu, longest, longest, window_size=window, enable_gqa=grouped
-    )
+    known = inspect.signature(varlen_attn).parameters
+    settings: dict[str, Any] = {"window_size": (-1, 0) if causal else (-1, -1)}
+    if "enable_gqa" in known:  # torch 2.11 has no such parameter
+        settings["enable_gqa"] = problem.q.shape[1] != problem.k.shape[1]
+    return lambda: varlen_attn(problem.q, problem.k, problem.v, cu, cu, longest, longest, **settings)
 
 
 def flex_block_mask(problem: Problem) -> BlockMask | None:
