@@ -1,7 +1,13 @@
 # Sourced by launch/slurm/STAGE.sbatch: one stage of the recipe as a SLURM job that stops in time, and goes on when it is started again.
 #
 # One torchrun a node. Environment: CONAN_ROOT (the checkout; else where sbatch was called), NPROC (processes a node; else its GPUs, else 1),
-# CONAN_LOGS (folder of the ranks' output; else RUN/logs), CONAN_SRUN (more options for srun, as those of a container).
+# CONAN_LOGS (folder of the ranks' output; else RUN/logs), CONAN_LATE (see below; less than --signal is early), CONAN_SRUN (more options for srun, as those of a container).
+
+_conan_late() {
+  sleep "$1"
+  echo "job $SLURM_JOB_ID: not stopped $1 s after its signal, queued again; it goes on from the last checkpoint"
+  scontrol requeue "$SLURM_JOB_ID"
+}
 
 _conan_job() {
   set -uo pipefail
@@ -19,9 +25,10 @@ _conan_job() {
   port="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}"
   echo "job $SLURM_JOB_ID: stage $stage on $SLURM_JOB_NUM_NODES nodes ($SLURM_JOB_NODELIST), run $run, logs of ranks in $logs"
 
-  local asked=""
+  local asked="" late=""
   # USR1: some minutes before the time limit (--signal). TERM: scontrol requeue, preemption, scancel, which kill after KillWait.
-  trap 'asked=limit; touch "$run/STOP"' USR1
+  # A step that doesn't end in CONAN_LATE seconds after USR1 (a mining, say) is given up: the job is queued again before its limit.
+  trap 'asked=limit; touch "$run/STOP"; _conan_late "${CONAN_LATE:-230}" & late=$!' USR1
   trap 'asked="${asked:-term}"; touch "$run/STOP"' TERM
 
   # shellcheck disable=SC2016  # expanded on each node
@@ -37,6 +44,7 @@ _conan_job() {
   while kill -0 "$srun" 2> /dev/null; do wait "$srun"; done
   wait "$srun"
   status=$?
+  if [[ -n "$late" ]]; then kill "$late" 2> /dev/null; fi
 
   if [[ $status = 0 && ! -e "$run/STOP" ]]; then return 0; fi
   if [[ $status = 0 && $asked = limit ]]; then

@@ -80,7 +80,8 @@ class MiningHook:
         assert isinstance(data, Pairs)
         for source in sorted(data.negatives):
             check_identical(data.negatives[source], self.setup.context, source)
-        name, run_dir, sums = checkpoint_name(step), self.setup.config.run_dir, {}
+        name, run_dir = checkpoint_name(step), self.setup.config.run_dir
+        sums: dict[str, str] = {}
         if self.setup.context.rank == 0:
             for source, table in data.negatives.items():
                 folder = self._folder() / name / source
