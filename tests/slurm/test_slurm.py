@@ -172,7 +172,7 @@ def test_a_job_whose_step_does_not_end_before_its_time_limit(
     """As in a long mining: ranks that stand still after the signal are given up, and the job is queued again all the same."""
     job = Job(tiny_data, tmp_path, CONAN_LATE="3")
     job.wait_for_step(60)
-    subprocess.run(["pkill", "-STOP", "-f", f"-u launch/pretrain.sh --config {tmp_path}"], check=True)
+    subprocess.run(["pkill", "-STOP", "-f", f"python -u launch/pretrain.sh --config {tmp_path}"], check=True)
     subprocess.run(["scancel", "--signal=USR1", "--batch", job.number], check=True)
     job.wait_for_end()
     assert "not stopped 3 s after its signal, queued again" in job.told()
