@@ -195,6 +195,18 @@ def test_a_run_can_be_taken_back(workers: WorkerPool, tiny_data: dict[str, Path]
     assert saved_checkpoints(config.run_dir)[0].name == "step_00000008"
 
 
+def test_fewer_steps_than_are_done_are_refused(workers: WorkerPool, tiny_data: dict[str, Path], tmp_path: Path) -> None:
+    config = _config("pretrain", tiny_data, tmp_path / "run", asynchronous=False)
+    workers.run(train_run, 2, config)
+    shorter = config.model_copy(update={"train": config.train.model_copy(update={"steps": 7})})
+    with pytest.raises(ValueError, match=r"run stands at step 8, beyond train\.steps=7: raise it, or write an earlier"):
+        workers.run(train_run, 2, shorter)
+    (config.run_dir / "checkpoints" / "latest").write_text("step_00000006\n")
+    workers.run(train_run, 2, shorter)
+    assert _names(config.run_dir)[-1] == "step_00000008"
+    assert saved_checkpoints(config.run_dir)[0].name == "step_00000007"
+
+
 def test_a_stage_does_not_start_from_an_unfinished_one(
     workers: WorkerPool, tiny_data: dict[str, Path], tmp_path: Path
 ) -> None:
