@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_conan.data.durable import sync
 from megatron_conan.mining.rules import QueryRule, Rule, SwapRule
 
 FORMAT = 2
@@ -192,11 +192,11 @@ class NegativesTable:
             np.save(draft / f"{name}.npy", getattr(self, name))
         (draft / "table.json").write_text(json.dumps(self._metadata(), indent=2) + "\n")
         for file in draft.iterdir():
-            _sync(file)
+            sync(file)
         if folder.exists():
             folder.rename(old)
         draft.rename(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
 
     @classmethod
@@ -293,15 +293,6 @@ def _read(file: Path, read: Callable[[Path], Any]) -> Any:
     except (OSError, EOFError, ValueError) as error:
         problem = f"is damaged ({error})" if file.exists() else "is missing"
         raise ValueError(f"{file} {problem}; {REMEDY}") from None
-
-
-def _sync(path: Path) -> None:
-    """Make it survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _count_filled(pool_ids: np.ndarray) -> np.ndarray:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import sys
@@ -17,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_conan.data.durable import sync
 from megatron_conan.train.run_folder import write_atomically
 
 SUMS = "SHA256SUMS"
@@ -198,12 +198,3 @@ def _remove(old: Path) -> None:
         shutil.rmtree(going)
     except OSError as error:
         print(f"warning: {old}, which is no longer kept, can't be removed: {error}", file=sys.stderr, flush=True)
-
-
-def sync(path: Path) -> None:
-    """Make a file's content, or renames in a folder, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

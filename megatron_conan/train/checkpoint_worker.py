@@ -22,7 +22,8 @@ from typing import Any, BinaryIO
 
 import torch
 
-from megatron_conan.train.checkpoint_files import file_sum, sync
+from megatron_conan.data.durable import sync
+from megatron_conan.train.checkpoint_files import file_sum
 
 LENGTH = struct.Struct("<Q")
 REQUEST = struct.Struct("<iQQQ")

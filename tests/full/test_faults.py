@@ -27,8 +27,6 @@ from megatron_conan.config import RunConfig, dump_config
 from megatron_conan.mining.table import ARRAYS
 from megatron_conan.train.checkpoint_files import find_damage
 
-pytestmark = pytest.mark.full
-
 DRIVER = Path(__file__).with_name("faulty_stage.py")
 SECONDS = 240.0
 """What a start may take."""
@@ -101,6 +99,15 @@ def starts(stage: str) -> list[Start]:
         (mined,) = (i for i, start in enumerate(found) if start.point == "stop@21")
         found[mined] = dataclasses.replace(found[mined], point="mining@21")
     return found
+
+
+FEW = [
+    Start("update@5", 0, 1, KILLED),
+    Start("half@6", 3, 1, KILLED),
+    Start("stop@8", 3, 0, "stopped on request after step 8"),
+    Start("never", 6, 0, f"{STEPS}/{STEPS}", damage="flipped byte"),
+]
+"""Of one stage, in the quick tests: a rank killed, all killed in a checkpoint, a stop, a damaged checkpoint."""
 
 
 class Run:
@@ -267,12 +274,23 @@ def uninterrupted(tiny_data: dict[str, Path], tmp_path_factory: pytest.TempPathF
     return run
 
 
+@pytest.mark.parametrize("stage", ["finetune"], scope="module")
+def test_a_few_faults(stage: str, uninterrupted: Run, tiny_data: dict[str, Path], tmp_path: Path) -> None:
+    _suffer(FEW, Run(stage, tiny_data, tmp_path, tmp_path / stage), uninterrupted)
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("stage", list(STAGES), scope="module")
 def test_one_fault_after_the_other(
     stage: str, uninterrupted: Run, small_disk: Path, tiny_data: dict[str, Path], tmp_path: Path
 ) -> None:
-    run = Run(stage, tiny_data, tmp_path, small_disk / stage)
-    for start in starts(stage):
+    _suffer(starts(stage), Run(stage, tiny_data, tmp_path, small_disk / stage), uninterrupted)
+
+
+def _suffer(faults: list[Start], run: Run, uninterrupted: Run) -> None:
+    """Start the run again after each fault, and compare its end."""
+    stage, small_disk = run.stage, run.dir.parent
+    for start in faults:
         before = run.latest_step()
         said = _damage(run, start.damage) if start.damage else ""
         (run.dir / "STOP").touch() if run.dir.exists() else None  # the start removes it
@@ -300,7 +318,7 @@ def test_one_fault_after_the_other(
         print(
             f"| {start.damage or ''} | {start.point} | {stage} | {start.begins} | {done} | {before - start.begins} | {status} |"
         )
-    _assert_same(run, uninterrupted, tmp_path)
+    _assert_same(run, uninterrupted, run.folder)
     for rank in (0, 1):
         (expected,) = uninterrupted.drawn(rank)
         assert [line["step"] for line in expected] == list(range(1, STEPS + 1))
