@@ -179,12 +179,13 @@ def test_a_run_that_goes_on_keeps_its_moments_and_negatives(
             "train.micro_batch_size=32768",
             marks=FULL,
         ),
-        (
+        pytest.param(
             "finetune",
             {},
             {**MINED, "mining": {**MINED["mining"], "max_tokens": 40_000_000}},
             "of mining (mining.max_tokens=40,000,000)",
             "mining.max_tokens=20000000",
+            marks=FULL,
         ),
     ],
 )

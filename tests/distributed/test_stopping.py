@@ -10,6 +10,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from gloo_pool import WorkerPool
 from layouts import build_test_trainer, deterministic, final_weights, tiny_config
@@ -93,6 +94,7 @@ def _saved(*steps: int) -> list[str]:
     return ["latest", *(f"step_{step:08d}" for step in steps)]
 
 
+@pytest.mark.full
 def test_asked_again_and_again(workers: WorkerPool, tiny_data: dict[str, Path], tmp_path: Path) -> None:
     """By file and by every signal, on either rank, where a checkpoint is due and where none is, and at the last step."""
     whole = workers.run(_train, 2, _config(tiny_data, tmp_path / "whole"), "never", 0, 0)

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch.distributed as dist
 from gloo_pool import WorkerPool
 from layouts import build_test_trainer, tiny_config
@@ -123,6 +124,7 @@ with Watchdog(Phases(), WatchdogConfig(report_seconds=1, abort_seconds=3), Simpl
 """
 
 
+@pytest.mark.full
 def test_a_rank_ends_when_the_stores_host_is_frozen(tmp_path: Path) -> None:
     """Without torchrun the store is in rank 0's process; its calls then never return."""
     command = [sys.executable, "-P", "-c", FROZEN_HOST, str(tmp_path / "store")]

@@ -174,7 +174,7 @@ def _assert_did_something(run: Path, *, num_replaced: int) -> None:
 @pytest.mark.parametrize(
     ("name", "every", "points"),
     [
-        pytest.param("short", 3, ["encoding@4"]),
+        pytest.param("short", 3, ["encoding@4"], marks=FULL),
         pytest.param("dp2", 15, ["encoding@0"], marks=FULL),
         pytest.param("dp2", 15, ["encoding@20"], marks=FULL),
         pytest.param("dp2", 20, ["search@20"], marks=FULL),

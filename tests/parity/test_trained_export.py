@@ -70,7 +70,7 @@ def _live_vectors(config: Any) -> Any:
 @pytest.mark.parametrize(
     ("parallel", "pooling", "contrastive", "prompts"),
     [
-        ({"tensor": 2}, {}, {}, {}),
+        pytest.param({"tensor": 2}, {}, {}, {}, marks=pytest.mark.full),
         ({"tensor": 2, "sequence": True}, {"mode": "mean", "include_prompt": False}, {}, PROMPTS),
         (
             {},
