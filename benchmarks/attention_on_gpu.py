@@ -78,13 +78,12 @@ def gpu_name_and_clocks() -> dict[str, Any]:
     for _ in range(500):
         torch.mm(a, a)
     fields = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
-    index = (
-        f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"  # nvidia-smi counts all there are
-    )
+    # by UUID: nvidia-smi counts all GPUs there are, torch the visible ones
+    identity = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
     found: dict[str, Any] = {"torch name": torch.cuda.get_device_name(), "torch CUDA": torch.version.cuda}
     found |= {"cuDNN": torch.backends.cudnn.version(), "capability": torch.cuda.get_device_capability()}
     try:
-        command = ["nvidia-smi", f"--id={index}", f"--query-gpu={fields}", "--format=csv,noheader"]
+        command = ["nvidia-smi", f"--id={identity}", f"--query-gpu={fields}", "--format=csv,noheader"]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
         found |= dict(zip(fields.split(","), (word.strip() for word in said.split(",")), strict=True))
     except (OSError, subprocess.CalledProcessError, ValueError) as error:

@@ -49,16 +49,10 @@ def main(stage: str, argv: Sequence[str]) -> int:
         if config.stage != stage:
             raise ValueError(f"{file} is of stage={config.stage}; start it with launch/{config.stage}.sh")
         run(config)
-    except ImportError as error:
-        _tell(error)
-        return _leave(2)
-    except ValueError as error:
-        if not is_told(error):
-            _report_failure(error)
-            return _leave(1)
-        _tell(error)
-        return _leave(2)
     except Exception as error:
+        if isinstance(error, ImportError) or (isinstance(error, ValueError) and is_told(error)):
+            _tell(error)
+            return _leave(2)
         _report_failure(error)
         return _leave(1)
     return 0
@@ -81,10 +75,8 @@ def _report_failure(error: Exception) -> None:
     import torch
 
     rank = os.environ.get("RANK", "0")
-    if isinstance(error, (OSError, FloatingPointError)) and is_told(
-        error
-    ):  # of a checkpoint, of the loss: on all ranks
-        _tell(error)
+    if isinstance(error, (OSError, FloatingPointError)) and is_told(error):
+        _tell(error)  # of a checkpoint, of the loss: the same on all ranks
     elif isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
         told = str(error).splitlines()[0] if str(error) else "no memory left"
         print(
@@ -107,10 +99,9 @@ def is_told(error: BaseException) -> bool:
         trace = trace.tb_next
     if trace is None:
         return False
-    line = linecache.getline(trace.tb_frame.f_code.co_filename, trace.tb_lineno)
-    return trace.tb_frame.f_globals.get("__name__", "").startswith("megatron_conan.") and line.lstrip().startswith(
-        "raise"
-    )
+    frame = trace.tb_frame
+    line = linecache.getline(frame.f_code.co_filename, trace.tb_lineno).lstrip()
+    return frame.f_globals.get("__name__", "").startswith("megatron_conan.") and line.startswith("raise")
 
 
 def _leave(status: int) -> int:

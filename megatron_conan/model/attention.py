@@ -30,7 +30,7 @@ from megatron_conan.kernels.soft_mask_attention import (
 from megatron_conan.model.mask import SoftMask
 
 LEARNED_THETA_START = -6.0
-"""Initial theta of the learned form: sigmoid(-6) = .0025, nearly causal, with a finite gradient."""
+"""Where the learned form starts: sigmoid(-6) = .0025, nearly causal, with a finite gradient."""
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class SoftMaskAttention(MegatronModule):
         self.theta: torch.nn.Parameter | None = None
         if soft_mask.form == "learned":
             heads = config.num_attention_heads // config.tensor_model_parallel_size
-            # theta less its start: around 0 a bf16 weight can follow small changes, around -6 it moves in steps of 1/32
+            # counted from its start: around 0 a bf16 weight can follow small changes, around -6 it moves in steps of 1/32
             self.theta = torch.nn.Parameter(torch.zeros(heads))
             self.theta.tensor_model_parallel = True  # type: ignore[attr-defined]
             self.theta.partition_dim = 0  # type: ignore[attr-defined]

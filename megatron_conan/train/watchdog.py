@@ -151,9 +151,8 @@ class Watchdog:
 
     def _run(self) -> None:
         while not self._end.wait(self._until_tick()):
-            with contextlib.suppress(
-                RuntimeError, OSError
-            ):  # the store is gone: with its host, or at the end of the run
+            # what is suppressed: the store is gone, with its host, or at the end of the run
+            with contextlib.suppress(RuntimeError, OSError):
                 self._note_own()
                 if self._end.wait(self._pause / 2):  # all ranks have noted this moment by then
                     break
@@ -164,9 +163,8 @@ class Watchdog:
         """End this rank if the store is gone: the other thread's calls may never return then, whatever their timeout."""
         answers, still, told = 0, 0.0, False
         while not self._end.wait(self._pause):
-            still = (
-                0.0 if self._answers != answers else still + self._pause
-            )  # without the time that this process is stopped
+            # pauses are added up, so that the time for which this process is stopped doesn't count
+            still = 0.0 if self._answers != answers else still + self._pause
             answers = self._answers
             what = f"the process group's store has not answered for {still:.0f} s: its host is gone, or hangs"
             if still > self._settings.abort_seconds:

@@ -288,7 +288,7 @@ def test_one_fault_after_the_other(
 
 def _suffer(faults: list[Start], run: Run, uninterrupted: Run) -> None:
     """Start the run again after each fault, and compare its end."""
-    stage, small_disk = run.stage, run.dir.parent
+    stage, disk = run.stage, run.dir.parent
     for start in faults:
         before = run.latest_step()
         said = _damage(run, start.damage) if start.damage else ""
@@ -309,8 +309,8 @@ def _suffer(faults: list[Start], run: Run, uninterrupted: Run) -> None:
             assert not list((run.dir / "checkpoints").glob(".*")), where
         if start.point.startswith("disk"):
             assert not list((run.dir / "checkpoints").glob(".*")), where
-            subprocess.run(["mount", "-o", "remount,size=256m", str(small_disk)], check=True)
-        for file in small_disk.glob("ballast_*"):
+            subprocess.run(["mount", "-o", "remount,size=256m", str(disk)], check=True)
+        for file in disk.glob("ballast_*"):
             if file.name != "ballast_disk":
                 file.unlink()
         done = run.drawn(0)[-1][-1]["step"]
