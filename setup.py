@@ -51,6 +51,7 @@ setup(
         "psutil>=5.9",  # megatron-core's checkpointing hangs without it and does not declare it
         "tqdm>=4.66",
         "mteb>=2.26,<3",
+        "pyarrow>=15",  # parquet and zstd
         "sentence-transformers>=5",
         "transformers>=5",  # older versions silently ignore `is_causal=False` in a Llama config
         "safetensors>=0.4",

@@ -6,8 +6,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_conan.data.command_line import run_tool
-from megatron_conan.data.pair_files import TASKS, preprocess_pairs
+from megatron_conan.data.command_line import INPUT_HELP, add_input_options, rejected_text, run_tool
+from megatron_conan.data.pair_files import preprocess_pairs
+from megatron_conan.data.pair_rows import TASKS
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -17,12 +18,18 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "it (P.*.npy), with a summary in P.json. Schemas: data_tools/README.md."
     )
     parser.add_argument("--task", choices=TASKS, required=True, help="what a row is")
-    parser.add_argument("--input", type=Path, nargs="+", required=True, help=".jsonl files of rows")
-    parser.add_argument("--corpus", type=Path, nargs="+", default=[], help="further documents: .jsonl or .txt")
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        help="rows: .jsonl (also .gz or .zst) or .parquet; files, folders or 'patterns'",
+    )
+    parser.add_argument("--corpus", nargs="+", default=[], help=f"further documents: {INPUT_HELP}")
     parser.add_argument("--tokenizer-model", type=Path, required=True, help="the .model of train_tokenizer.py")
     parser.add_argument("--output-prefix", type=Path, required=True, help="writes PREFIX.bin, .idx, .*.npy and .json")
     parser.add_argument("--text-key", default="text", help="key of the text in --corpus files (default: text)")
     parser.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
+    add_input_options(parser)
     return parser.parse_args(argv)
 
 
@@ -37,6 +44,8 @@ def main(argv: Sequence[str]) -> None:
         corpus=arguments.corpus,
         text_key=arguments.text_key,
         num_workers=arguments.workers,
+        on_error=arguments.on_error,
+        restart=arguments.restart,
     )
     print(
         f"wrote {arguments.output_prefix}.json: {summary['rows']:,} rows, {summary['texts']:,} distinct texts, "
@@ -47,6 +56,7 @@ def main(argv: Sequence[str]) -> None:
             f"{summary['classes']:,} classes; dropped {summary['repeated_rows']:,} repeated rows, "
             f"{summary['conflicting_rows']:,} with a second label, {summary['single_rows']:,} alone in their class"
         )
+    print(rejected_text(arguments.output_prefix, summary), end="")
 
 
 if __name__ == "__main__":

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from megatron_conan.data.command_line import publish, run_tool, staging_folder
-from megatron_conan.data.text_files import LineError, check_inputs, line_error, read_texts, whole_file
+from megatron_conan.data.documents import DocumentFormat
+from megatron_conan.data.input_files import InputFile, find_inputs
+from megatron_conan.data.text_files import read_all
 from megatron_conan.data.tokenizer_training import train_tokenizer
 
 
@@ -27,22 +30,21 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def read_documents(paths: Sequence[Path], text_key: str) -> Iterator[str]:
+def read_documents(files: Sequence[InputFile], text_key: str) -> Iterator[str]:
     """Texts of all files in order. Raises ValueError with file and line."""
-    for path in paths:
-        try:
-            yield from read_texts(whole_file(path), text_key)
-        except LineError as error:
-            raise line_error(path, error) from None
+    source = DocumentFormat(text_key=text_key)
+    for file in files:
+        for texts in read_all(file, partial(source.texts, file), source.columns):
+            yield from texts
 
 
 def main(argv: Sequence[str]) -> None:
     """Train and write the model. Raises ValueError for a user's mistake; then nothing is written."""
     arguments = parse_arguments(argv)
-    check_inputs(arguments.input)
+    files = find_inputs(arguments.input)
     with staging_folder(arguments.output_prefix) as folder:
         model = train_tokenizer(
-            read_documents(arguments.input, arguments.text_key),
+            read_documents(files, arguments.text_key),
             arguments.vocab_size,
             num_reserved=arguments.reserved,
             character_coverage=arguments.character_coverage,

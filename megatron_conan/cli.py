@@ -195,7 +195,7 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _mine(arguments: argparse.Namespace) -> None:
-    from megatron_conan.data.text_files import check_inputs
+    from megatron_conan.data.input_files import find_inputs
 
     # so that a terminated mining also removes its temporary folder
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
@@ -203,8 +203,8 @@ def _mine(arguments: argparse.Namespace) -> None:
         raise ValueError("--margin-kind absolute has no default margin; name one with --margin")
     margin = RELATIVE_MARGIN if arguments.margin is None else arguments.margin
     is_run = _is_run(arguments.model)
-    check_inputs(arguments.input, suffixes=(".jsonl",))  # these before the heavy imports
-    check_inputs(arguments.corpus)
+    find_inputs(arguments.input, (".jsonl",))  # these before the heavy imports
+    find_inputs(arguments.corpus)
     from megatron_conan.export.text_models import FolderModel, RunModel
     from megatron_conan.mining.local_search import SearchSettings
     from megatron_conan.mining.offline import MineRequest, format_summary, mine_files

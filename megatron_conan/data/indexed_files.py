@@ -24,6 +24,8 @@ DTYPE_CODES: dict[int, type[np.generic]] = {
 }
 """megatron-core's DType codes of integer tokens."""
 HEADER = struct.Struct("<9sQBQQ")
+BLOCK = 1 << 20
+"""Sequences whose numbers are in memory at a time."""
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -46,18 +48,23 @@ def write_index(path: Path, lengths: np.ndarray, dtype: np.dtype) -> None:
 
     Args:
         path: the file to write.
-        lengths: [sequences] tokens of each sequence.
+        lengths: [sequences] tokens of each sequence; may be memory-mapped.
         dtype: type of the tokens in the .bin file.
     """
     code = next(code for code, known in DTYPE_CODES.items() if dtype == np.dtype(known))
     num_sequences = len(lengths)
-    ends = np.cumsum(lengths, dtype=np.int64) * dtype.itemsize
-    pointers = np.concatenate([np.zeros(1, np.int64), ends[:-1]]) if num_sequences else ends
+    blocks = [slice(start, start + BLOCK) for start in range(0, num_sequences, BLOCK)]
     with path.open("wb") as file:
         file.write(HEADER.pack(MAGIC, VERSION, code, num_sequences, num_sequences + 1))
-        file.write(np.ascontiguousarray(lengths, dtype="<i4").data)
-        file.write(pointers.astype("<i8", copy=False).data)
-        file.write(np.arange(num_sequences + 1, dtype="<i8").data)
+        for block in blocks:
+            file.write(np.ascontiguousarray(lengths[block], dtype="<i4").data)
+        pointer = 0
+        for block in blocks:
+            ends = pointer + np.cumsum(lengths[block], dtype=np.int64) * dtype.itemsize
+            file.write(np.concatenate([[pointer], ends[:-1]]).astype("<i8").data)
+            pointer = int(ends[-1])
+        for start in range(0, num_sequences + 1, BLOCK):
+            file.write(np.arange(start, min(start + BLOCK, num_sequences + 1), dtype="<i8").data)
 
 
 class IndexedFile:

@@ -13,31 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from megatron_conan.data.text_files import LineError, checked_text
-
 MINIMUM_CLASSES = 2
-
-
-def label_field(offset: int, row: dict[str, Any]) -> str:
-    """The name under `label`; an integer is named by its digits. Raises LineError."""
-    if "label" not in row:
-        found = ", ".join(map(repr, row)) or "no keys"
-        raise LineError(offset, f"key 'label' is missing (found {found})")
-    label = row["label"]
-    if isinstance(label, bool) or not isinstance(label, (str, int)):
-        raise LineError(offset, f"key 'label' must be a string or an integer, found {label!r}")
-    name = checked_text(offset, str(label), "label")
-    if not name.strip():
-        raise LineError(offset, "key 'label' is empty; drop the row or fill it")
-    return name
 
 
 @dataclass(frozen=True)
 class ClassRows:
     """The rows of task classification and how many lines of input are none."""
 
-    text_ids: np.ndarray
-    """[R] int64, in order of first appearance."""
+    lines: np.ndarray
+    """[R] int64, rising: the lines of input that are rows. Each distinct text is one, the first line with it."""
     labels: np.ndarray
     """[R] int32 class of each row; classes are numbered by their first rows."""
     names: list[str]
@@ -67,43 +51,34 @@ class ClassRows:
         }
 
 
-class LabelledTexts:
-    """Distinct texts and their classes, in order of first appearance."""
+def rows_of_classes(text_ids: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> ClassRows:
+    """Choose the lines that become rows: the first with each text, unless no other text has its label.
 
-    def __init__(self) -> None:
-        self._class_numbers: dict[str, int] = {}
-        self._class_of_text: dict[int, int] = {}
-        self._num_repeated = 0
-        self._num_conflicting = 0
-
-    def add(self, text_id: int, label: str) -> None:
-        """Take a line of input; of the lines with one text the first counts."""
-        known = self._class_of_text.get(text_id)
-        if known is None:
-            self._class_of_text[text_id] = self._class_numbers.setdefault(label, len(self._class_numbers))
-        elif known == self._class_numbers.get(label):
-            self._num_repeated += 1
-        else:
-            self._num_conflicting += 1
-
-    def rows(self) -> ClassRows:
-        """The texts that are not alone in their class."""
-        text_ids = np.array(list(self._class_of_text), dtype=np.int64)
-        classes = np.array(list(self._class_of_text.values()), dtype=np.int64)
-        shared = np.bincount(classes, minlength=len(self._class_numbers)) > 1
-        kept = shared[classes]
-        numbers = np.cumsum(shared) - 1  # dropped classes leave no gap
-        return ClassRows(
-            text_ids=text_ids[kept],
-            labels=numbers[classes[kept]].astype(np.int32),
-            names=[name for name, number in self._class_numbers.items() if shared[number]],
-            num_repeated=self._num_repeated,
-            num_conflicting=self._num_conflicting,
-            num_single=int(len(kept) - kept.sum()),
-        )
+    Args:
+        text_ids: [lines] int64, numbered by first appearance.
+        labels: [lines] int32 label of each line, into `names`.
+        names: all labels.
+    """
+    _, first, text = np.unique(text_ids, return_index=True, return_inverse=True)
+    own = labels[first]  # of the distinct texts, in order of first appearance
+    alike = int(np.count_nonzero(labels == own[text])) - len(own)
+    is_shared = np.bincount(own, minlength=len(names)) > 1
+    kept = is_shared[own]
+    used, begins, classes = np.unique(own[kept], return_index=True, return_inverse=True)
+    order = np.argsort(begins)  # classes by their first rows
+    rank = np.empty(len(order), np.int32)
+    rank[order] = np.arange(len(order), dtype=np.int32)
+    return ClassRows(
+        lines=first[kept].astype(np.int64),
+        labels=rank[classes],
+        names=[names[number] for number in used[order]],
+        num_repeated=alike,
+        num_conflicting=len(labels) - len(own) - alike,
+        num_single=int(len(kept) - kept.sum()),
+    )
 
 
-def check_classes(inputs: Sequence[Path], rows: ClassRows) -> None:
+def check_classes(inputs: Sequence[str | Path], rows: ClassRows) -> None:
     """Raise ValueError if there is nothing to tell apart."""
     if len(rows.names) < MINIMUM_CLASSES:
         raise ValueError(

@@ -1,290 +1,332 @@
 """Turning rows of text pairs into a text store and a table of ids: the files that `pairs.PairStore` reads.
 
-Every distinct text is tokenised once and known by its number, so a corpus to mine from is a set of numbers.
+Every distinct text is tokenised once and known by its number, so a corpus to mine from is a set of numbers. No text is held in
+memory: a first pass over the files notes a digest of every text, from which texts get their numbers, and a second one
+tokenises each where it is first met. A killed run goes on.
 """
 
 from __future__ import annotations
 
-import math
-from array import array
+import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_conan.data.binarize import TokenWriter, cached_tokenizer, encode_texts, in_batches
-from megatron_conan.data.command_line import Progress, publish, staging_folder, write_json
-from megatron_conan.data.indexed_files import token_dtype, write_index
-from megatron_conan.data.label_files import ClassRows, LabelledTexts, check_classes, label_field
-from megatron_conan.data.process_map import process_map
-from megatron_conan.data.text_files import (
-    LineError,
-    check_inputs,
-    checked_text,
-    line_error,
-    read_objects,
-    read_texts,
-    text_field,
-    whole_file,
+from megatron_conan.data.binarize import (
+    DigestedChunk,
+    DocumentSettings,
+    TextSource,
+    TokenFiles,
+    TokenizedChunk,
+    TokenizeTask,
+    digest_chunk,
+    part_paths,
+    publish_outputs,
+    read_first,
+    tokenize_chunk,
 )
+from megatron_conan.data.documents import DocumentFormat
+from megatron_conan.data.indexed_files import token_dtype
+from megatron_conan.data.input_files import ROW_FORMATS, InputFile, find_inputs
+from megatron_conan.data.label_files import ClassRows, check_classes, rows_of_classes
+from megatron_conan.data.numbering import text_digests
+from megatron_conan.data.pair_arrays import TASK_ARRAYS, PairArrays
+from megatron_conan.data.pair_rows import COLUMNS, TASKS, TRAINED_AS, PairRow, parse_row
+from megatron_conan.data.passes import ChunkPass, Inputs, Report
+from megatron_conan.data.resumable import PartialOutput, partial_output
+from megatron_conan.data.text_files import Chunk, Fault, Record, parse_records
 from megatron_conan.data.tokenizer import Tokenizer
 
 PAIR_FORMAT = "megatron_conan pairs 2"
-TASKS = ("retrieval", "sts", "sft", "classification")
-CHUNK_CHARACTERS = 2 << 20
-"""Text handed to a tokenising process at a time."""
+ROW_FILES = {"positives": "<i4", "negatives": "<i4", "score": "<f4", "label": "<i4"}
+"""What the first pass notes of every row: numbers of positives and negatives, score, label."""
 
 
 @dataclass(frozen=True)
-class PairRow:
-    """One row of input, whatever the task."""
+class RowTexts:
+    """The texts of rows of a task."""
 
-    query: str
-    positives: list[str]
-    negatives: list[str] = field(default_factory=list)
-    score: float = math.nan
-    label: str | None = None
-    """Class of the query, with task classification."""
+    task: str
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Keys that are read."""
+        return COLUMNS[self.task]
+
+    def texts(self, file: InputFile, record: Record) -> list[str] | None:
+        """Query, positives, negatives. Raises BadLine."""
+        row = parse_row(self.task, record)
+        return None if row is None else row.distinct().texts
+
+
+@dataclass(frozen=True)
+class CorpusTexts:
+    """Documents that belong to no row; those of white space only are none."""
+
+    format: DocumentFormat
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Keys that are read."""
+        return self.format.columns
+
+    def texts(self, file: InputFile, record: Record) -> list[str] | None:
+        """The document, if it is one. Raises BadLine."""
+        texts = self.format.texts(file, record)
+        return [text for text in texts if text.strip()] if texts else None
+
+
+@dataclass(frozen=True)
+class ReadRows:
+    """What the first pass makes of a chunk of rows."""
+
+    report: Report
+    digests: bytes
+    """Of all texts, row after row."""
+    rows: dict[str, np.ndarray]
+    """[rows] by the names of ROW_FILES; labels into `names`."""
+    names: list[str]
+    """Labels in order of first appearance."""
+    negatives_dropped: int
+
+    @property
+    def count(self) -> int:
+        """Rows."""
+        return len(self.rows["positives"])
+
+
+def read_rows(task: tuple[Chunk, str, bool]) -> ReadRows:
+    """Read a chunk of rows: (chunk, task, stop at a fault)."""
+    chunk, name, stop_at_fault = task
+    faults: list[Fault] = []
+    lines, dropped = [0], 0
+    names: dict[str, int] = {}
+    digests: list[bytes] = []
+    columns: dict[str, list[Any]] = {column: [] for column in ROW_FILES}
+    for row in parse_records(
+        chunk, partial(parse_row, name), faults, stop_at_fault=stop_at_fault, columns=COLUMNS[name], count=lines
+    ):
+        distinct = row.distinct()
+        digests.append(text_digests(distinct.texts))
+        dropped += len(row.negatives) - len(distinct.negatives)
+        values = (len(distinct.positives), len(distinct.negatives), row.score, _label_number(names, row))
+        for column, value in zip(columns.values(), values, strict=True):
+            column.append(value)
+    arrays = {column: np.array(columns[column], dtype) for column, dtype in ROW_FILES.items()}
+    report = Report(chunk.key, chunk.work, lines[0], faults)
+    return ReadRows(report, b"".join(digests), arrays, list(names), dropped)
+
+
+def _label_number(names: dict[str, int], row: PairRow) -> int:
+    return -1 if row.label is None else names.setdefault(row.label, len(names))
 
 
 class PairTable:
-    """Ids of all texts and rows, in order of first appearance."""
+    """What the first pass gathers: rows in the files of `partial`, and the digests of all texts.
 
-    def __init__(self) -> None:
-        self.text_ids: dict[str, int] = {}
-        self.query = array("q")
-        self.positives = array("q")
-        self.positives_offsets = array("q", [0])
-        self.negatives = array("q")
-        self.negatives_offsets = array("q", [0])
-        self.score = array("f")
-        self.documents: set[int] = set()
-        self.negatives_dropped = 0
-        self.classes: ClassRows | None = None
-        self._labelled = LabelledTexts()
+    Args:
+        output: of the job.
+        task: what a row is.
+        rows: files of rows.
+        corpus: files of further documents.
+        text_key: key of their text.
+    """
 
-    def add_row(self, row: PairRow) -> None:
-        """Append a row; repeated documents count once, and a negative that is also a positive is dropped.
+    def __init__(self, output: PartialOutput, task: str, rows: Inputs, corpus: Inputs, text_key: str) -> None:
+        self.output, self.task = output, task
+        self.sources: tuple[TextSource, TextSource] = (RowTexts(task), CorpusTexts(DocumentFormat("text", text_key)))
+        self.inputs = (rows, corpus)
+        self.rows = ChunkPass(output, "rows", rows, keep_faults=True)
+        self.corpus = ChunkPass(output, "corpus", corpus, keep_faults=True)
+        self._names: dict[str, int] = self._saved_names()
 
-        A row with a label is not appended before `add_labelled_rows`.
+    @property
+    def num_rows(self) -> int:
+        """Rows read."""
+        return self.rows.counts.get("rows", 0)
+
+    def read(self, num_workers: int) -> None:
+        """Read all files, or what an interrupted run has left of them."""
+        stop = self.inputs[0].stop_at_fault
+        rows = ((chunk, self.task, stop) for _, chunk in self.rows.chunks())
+        self.rows.run("reading", "rows", read_rows, rows, self._absorb_rows, num_workers)
+        documents = ((chunk, self.sources[1], stop) for _, chunk in self.corpus.chunks())
+        if self.inputs[1].files:
+            self.corpus.run("reading", "documents", digest_chunk, documents, self._absorb_documents, num_workers)
+
+    def tokenize(
+        self, written: TokenFiles, tokenizer: Tokenizer, is_first: np.ndarray, starts: np.ndarray, workers: int
+    ) -> None:
+        """Tokenise every text where it is first met.
+
+        Args:
+            written: takes the tokens.
+            tokenizer: the tokenizer.
+            is_first: [texts met] bool.
+            starts: [chunks + 1] first text of each chunk.
+            workers: processes.
         """
-        if row.label is not None:
-            self._labelled.add(self.add_document(row.query), row.label)
-            return
-        self.query.append(self._id(row.query))
-        positives = list(dict.fromkeys(row.positives))
-        negatives = [text for text in dict.fromkeys(row.negatives) if text not in positives]
-        self.negatives_dropped += len(row.negatives) - len(negatives)
-        self.positives.extend(map(self.add_document, positives))
-        self.negatives.extend(map(self.add_document, negatives))
-        self.positives_offsets.append(len(self.positives))
-        self.negatives_offsets.append(len(self.negatives))
-        self.score.append(row.score)
+        before = 0
+        for name, source, inputs in zip(("tokenise", "tokenise corpus"), self.sources, self.inputs, strict=True):
+            tokens = ChunkPass(self.output, name, inputs, keep_faults=False)
 
-    def add_labelled_rows(self) -> ClassRows:
-        """Append the labelled texts that have another text of their class; call it once, behind the last row."""
-        self.classes = self._labelled.rows()
-        num_rows = len(self.classes.text_ids)
-        self.query.extend(self.classes.text_ids.tolist())
-        self.positives_offsets.extend([0] * num_rows)
-        self.negatives_offsets.extend([0] * num_rows)
-        return self.classes
+            def absorb(result: TokenizedChunk) -> None:
+                written.append(result.part, result.lengths)
 
-    def add_document(self, text: str) -> int:
-        """Id of a text that belongs to the corpus."""
-        text_id = self._id(text)
-        self.documents.add(text_id)
-        return text_id
+            tasks = self._token_tasks(tokens, DocumentSettings(source), tokenizer, is_first, starts[before:])
+            if inputs.files:
+                tokens.run("tokenising", "tokens", tokenize_chunk, tasks, absorb, workers)
+            before += tokens.num_chunks
 
-    def _id(self, text: str) -> int:
-        return self.text_ids.setdefault(text, len(self.text_ids))
+    def _token_tasks(
+        self,
+        tokens: ChunkPass,
+        settings: DocumentSettings,
+        tokenizer: Tokenizer,
+        is_first: np.ndarray,
+        starts: np.ndarray,
+    ) -> Iterator[TokenizeTask]:
+        for (number, chunk), part in zip(tokens.chunks(), part_paths(self.output.folder), strict=False):
+            wanted = np.array(is_first[starts[number] : starts[number + 1]])
+            # what is rejected was told by the first pass
+            yield TokenizeTask(chunk, settings, tokenizer.path, tokenizer.sha256, False, part, wanted)
 
+    def row_numbers(self, name: str) -> np.ndarray:
+        """[rows] what the first pass noted under a name of ROW_FILES."""
+        self.output.file(f"row_{name}").flush()
+        return np.fromfile(self.output.folder / f"row_{name}", ROW_FILES[name])
 
-def parse_row(task: str, offset: int, row: dict[str, Any]) -> PairRow:
-    """One JSON object of a task's schema (data_tools/README.md). Raises LineError."""
-    if task == "retrieval":
-        return PairRow(
-            query=_filled_text(offset, row, "query"),
-            positives=_text_list(offset, row, ("positive", "pos"), required=True),
-            negatives=_text_list(offset, row, ("negative", "neg"), required=False),
-        )
-    if task == "sts":
-        return PairRow(
-            query=_filled_text(offset, row, "text1"),
-            positives=[_filled_text(offset, row, "text2")],
-            score=_score(offset, row),
-        )
-    if task == "classification":
-        return PairRow(query=_filled_text(offset, row, "text"), positives=[], label=label_field(offset, row))
-    details = text_field(offset, row, "input") if row.get("input") is not None else ""
-    prompt = f"{_filled_text(offset, row, 'instruction')}\n{details}\n"
-    return PairRow(query=prompt, positives=[_filled_text(offset, row, "output")])
+    @property
+    def label_names(self) -> list[str]:
+        """All labels, in order of first appearance."""
+        return list(self._names)
+
+    def _absorb_rows(self, result: ReadRows) -> None:
+        new = [name for name in result.names if name not in self._names]
+        for name in new:
+            self._names[name] = len(self._names)
+            self.output.file("labels").write((json.dumps(name) + "\n").encode("ascii"))
+        numbers = np.array([self._names[name] for name in result.names], np.int32)
+        for name, values in result.rows.items():
+            kept = numbers[values] if name == "label" and len(numbers) else values
+            self.output.file(f"row_{name}").write(kept.tobytes())
+        self._absorb_digests(result.digests)
+        self.rows.add({"rows": result.count, "negatives_dropped": result.negatives_dropped})
+        self.rows.add({"rows": result.count}, result.report.key)
+
+    def _absorb_documents(self, result: DigestedChunk) -> None:
+        self._absorb_digests(result.digests)
+        self.corpus.add({"documents": result.count}, result.report.key)
+
+    def _absorb_digests(self, digests: bytes) -> None:
+        self.output.file("digests").write(digests)
+        self.output.file("chunk_texts").write(np.array([len(digests) // 16], "<i8").tobytes())
+
+    def _saved_names(self) -> dict[str, int]:
+        self.output.file("labels")  # cut back to what was committed
+        names = (self.output.folder / "labels").read_text(encoding="ascii").splitlines()
+        return {json.loads(name): number for number, name in enumerate(names)}
 
 
 def preprocess_pairs(
     task: str,
-    inputs: Sequence[Path],
+    inputs: Sequence[str | Path],
     tokenizer_path: Path,
     output_prefix: Path,
     *,
-    corpus: Sequence[Path] = (),
+    corpus: Sequence[str | Path] = (),
     text_key: str = "text",
     num_workers: int = 1,
+    on_error: str = "fail",
+    restart: bool = False,
 ) -> dict[str, Any]:
     """Write the files of a PairStore.
 
     Args:
-        task: "retrieval", "sts", "sft" or "classification".
-        inputs: .jsonl files of the task's rows.
+        task: one of TASKS.
+        inputs: .jsonl or .parquet files of the task's rows, folders of them, or patterns.
         tokenizer_path: the .model file.
         output_prefix: P.
-        corpus: .jsonl or .txt files of documents that belong to no row but may be mined.
+        corpus: files of documents that belong to no row but may be mined.
         text_key: key of the text in `corpus`.
-        num_workers: processes that tokenise; changes nothing in the output.
+        num_workers: processes; changes nothing in the output.
+        on_error: fail at the first bad line, or skip such lines, which are then copied to P.rejected.jsonl.
+        restart: drop what an interrupted run has done, instead of going on with it.
 
     Returns:
         The summary, as in P.json.
 
     Raises:
-        ValueError: bad input (with file and line), no rows, or fewer than two classes. Then no file is left and older
-            ones stay.
+        ValueError: bad input (with file and line), no rows, or fewer than two classes. Older files of this prefix stay then.
     """
     if task not in TASKS:
         raise ValueError(f"task={task!r} is unknown; use one of {', '.join(TASKS)}")
-    check_inputs(inputs, suffixes=(".jsonl",))
-    check_inputs(corpus)
+    if num_workers < 1:
+        raise ValueError(f"workers={num_workers} must be at least 1")
+    rows = Inputs(find_inputs(inputs, ROW_FORMATS), on_error)
+    documents = Inputs(find_inputs(corpus), on_error)
     tokenizer = Tokenizer(tokenizer_path)
-    table = _read_table(task, inputs, corpus, text_key)
-    with staging_folder(output_prefix) as folder:
-        with (folder / "out.bin").open("wb") as file:
-            writer = TokenWriter(file)
-            _tokenize_texts(table, tokenizer, writer, num_workers)
-        lengths = writer.lengths()
-        write_index(folder / "out.idx", lengths, token_dtype(tokenizer.size))
-        suffixes = [".bin", ".idx", *_write_arrays(table, task, folder), ".json"]
+    job = {
+        "makes": PAIR_FORMAT,
+        "task": task,
+        "inputs": rows.identity(),
+        "corpus": documents.identity(),
+        "text_key": text_key,
+        "tokenizer": tokenizer.sha256,
+    }
+    with partial_output(output_prefix, job, restart=restart) as output:
+        if output.is_complete:
+            return output.finish()
+        table = PairTable(output, task, rows, documents, text_key)
+        table.read(num_workers)
+        if not table.num_rows:
+            output.forget()
+            rejected = f" ({sum(table.rows.rejected.values())} lines rejected)" if table.rows.rejected else ""
+            raise ValueError(f"{', '.join(map(str, inputs))}: no rows{rejected}")
+        is_first, starts, number = read_first(output, "chunk_texts")
+        classes = _classes(table, number, inputs) if task == "classification" else None
+        written = TokenFiles(output, token_dtype(tokenizer.size))
+        table.tokenize(written, tokenizer, is_first, starts, num_workers)
+        numbers = {name: table.row_numbers(name) for name in ROW_FILES}
+        lengths, sha256 = written.finish()
+        arrays = PairArrays(output.folder, number, numbers, len(lengths))
+        arrays.write(classes, stores_scores=TRAINED_AS.get(task, task) == "sts")
         summary = {
             "format": PAIR_FORMAT,
-            "task": task,
-            **_counts(table, lengths),
-            **(table.classes.counts() if table.classes else {}),
+            "task": TRAINED_AS.get(task, task),
+            **arrays.counts(lengths),
+            "negatives_dropped": table.rows.counts.get("negatives_dropped", 0),
+            "tokens": int(lengths.sum(dtype=np.int64)),
+            **(classes.counts() if classes else {}),
             "tokenizer_sha256": tokenizer.sha256,
             "tokenizer_size": tokenizer.size,
-            "tokens_sha256": writer.sha256(),
+            "tokens_sha256": sha256,
+            "rejected": _added(table.rows.rejected, table.corpus.rejected),
+            "inputs": [*table.rows.inputs_counts(), *table.corpus.inputs_counts()],
         }
-        write_json(folder / "out.json", summary)
-        publish(folder, output_prefix, suffixes)
+        suffixes = [".bin", ".idx", *(f".{name}.npy" for name in arrays.names)]
+        stale = [f".{name}.npy" for name in TASK_ARRAYS if name not in arrays.names]
+        publish_outputs(output, suffixes, summary, stale)
     return summary
 
 
-def _read_table(task: str, inputs: Sequence[Path], corpus: Sequence[Path], text_key: str) -> PairTable:
-    table = PairTable()
-    for path in inputs:
-        try:
-            for offset, row in read_objects(whole_file(path)):
-                table.add_row(parse_row(task, offset, row))
-        except LineError as error:
-            raise line_error(path, error) from None
-    if not table.text_ids:
-        raise ValueError(f"{', '.join(map(str, inputs))}: no rows")
-    if task == "classification":
-        check_classes(inputs, table.add_labelled_rows())
-    for path in corpus:
-        try:
-            for text in read_texts(whole_file(path), text_key):
-                if text.strip():
-                    table.add_document(text)
-        except LineError as error:
-            raise line_error(path, error) from None
-    return table
+def _classes(table: PairTable, number: np.ndarray, inputs: Sequence[str | Path]) -> ClassRows:
+    """The lines that become rows. Raises ValueError if there is nothing to tell apart."""
+    rows = rows_of_classes(np.array(number[: table.num_rows]), table.row_numbers("label"), table.label_names)
+    try:
+        check_classes(inputs, rows)
+    except ValueError:
+        table.output.forget()
+        raise
+    return rows
 
 
-def _tokenize_texts(table: PairTable, tokenizer: Tokenizer, writer: TokenWriter, num_workers: int) -> None:
-    """Append every distinct text in the order of its id."""
-    progress = Progress("tokenising", len(table.text_ids), "tokens")
-    tasks = ((tokenizer.path, tokenizer.sha256, texts) for texts in in_batches(table.text_ids, CHUNK_CHARACTERS))
-    for tokens, lengths in process_map(_encode_chunk, tasks, num_workers):
-        writer.write(tokens.tobytes())
-        writer.add_lengths(lengths)
-        progress.advance(len(lengths), len(tokens))
-    progress.finish()
-
-
-def _encode_chunk(task: tuple[Path, str, list[str]]) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens [t], lengths [texts]) of (tokenizer model, its sha256, texts); raw ids without special tokens."""
-    tokenizer_path, tokenizer_sha256, texts = task
-    return encode_texts(cached_tokenizer(tokenizer_path, tokenizer_sha256), texts)
-
-
-def _write_arrays(table: PairTable, task: str, folder: Path) -> list[str]:
-    """Write the .npy files; returns their suffixes."""
-    arrays: dict[str, np.ndarray] = {
-        "query": np.frombuffer(table.query, dtype=np.int64),
-        "query_order": np.argsort(np.frombuffer(table.query, dtype=np.int64), kind="stable"),
-        "positives": np.array(table.positives, dtype=np.int64),
-        "positives_offsets": np.frombuffer(table.positives_offsets, dtype=np.int64),
-        "negatives": np.array(table.negatives, dtype=np.int64),
-        "negatives_offsets": np.frombuffer(table.negatives_offsets, dtype=np.int64),
-        "corpus": np.array(sorted(table.documents), dtype=np.int64),
-    }
-    if task == "sts":
-        arrays["score"] = np.frombuffer(table.score, dtype=np.float32)
-    if table.classes is not None:
-        arrays |= table.classes.arrays()
-    for name, content in arrays.items():
-        np.save(folder / f"out.{name}.npy", content)
-    return [f".{name}.npy" for name in arrays]
-
-
-def _counts(table: PairTable, lengths: np.ndarray) -> dict[str, Any]:
-    """Counts and mean lengths in tokens, for P.json."""
-    query, positives = np.array(table.query, dtype=np.int64), np.array(table.positives, dtype=np.int64)
-    negatives = np.array(table.negatives, dtype=np.int64)
+def _added(first: dict[str, int], second: dict[str, int]) -> dict[str, int]:
     return {
-        "rows": len(query),
-        "texts": len(lengths),
-        "documents": len(table.documents),
-        "positives": len(positives),
-        "negatives": len(negatives),
-        "negatives_dropped": table.negatives_dropped,
-        "tokens": int(lengths.sum(dtype=np.int64)),
-        "mean_query_length": _mean(lengths[query]),
-        "mean_positive_length": _mean(lengths[positives]),
-        "mean_negative_length": _mean(lengths[negatives]),
+        kind: first.get(kind, 0) + second.get(kind, 0) for kind in chain(first, (k for k in second if k not in first))
     }
-
-
-def _mean(lengths: np.ndarray) -> float:
-    return round(float(lengths.mean()), 2) if len(lengths) else 0.0
-
-
-def _filled_text(offset: int, row: dict[str, Any], key: str) -> str:
-    text = text_field(offset, row, key)
-    if not text.strip():
-        raise LineError(offset, f"key {key!r} is empty; drop the row or fill it")
-    return text
-
-
-def _text_list(offset: int, row: dict[str, Any], keys: tuple[str, ...], *, required: bool) -> list[str]:
-    """Texts under the one of `keys` that is there; a single string counts as a list of one."""
-    given = [key for key in keys if row.get(key) is not None]
-    if len(given) > 1:
-        raise LineError(offset, f"keys {' and '.join(map(repr, given))} mean the same; keep one")
-    values: Iterator[object] | list[object] = []
-    if given:
-        content = row[given[0]]
-        values = content if isinstance(content, list) else [content]
-    texts = [checked_text(offset, value, given[0]) for value in values]
-    if required and not texts:
-        raise LineError(offset, f"key {keys[0]!r} is missing or empty; each row needs at least one text there")
-    if not all(text.strip() for text in texts):
-        raise LineError(offset, f"key {given[0]!r} holds an empty text; drop it")
-    return texts
-
-
-def _score(offset: int, row: dict[str, Any]) -> float:
-    score = row.get("score")
-    if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
-        raise LineError(offset, f"key 'score' must be a finite number, found {score!r}")
-    return float(score)

@@ -52,6 +52,17 @@ class Tokenizer:
         except (RuntimeError, TypeError, UnicodeError) as error:
             raise ValueError(_explain_encode_failure(texts, error)) from error
 
+    def pieces(self) -> list[str]:
+        """[size] text of each piece, spaces as U+2581."""
+        return [self._processor.id_to_piece(i) for i in range(self.size)]
+
+    def special_id(self, piece: str) -> int:
+        """Id of a special piece, e.g. `<sep>`. Raises ValueError if the tokenizer has none of that name."""
+        found: int = self._processor.piece_to_id(piece)
+        if self._processor.id_to_piece(found) != piece or not self._processor.is_control(found):
+            raise ValueError(f"{self.path} has no special token {piece}; train it with --special-tokens {piece}")
+        return found
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids; pad, BOS, EOS and reserved tokens decode to nothing. Raises ValueError for unknown ids."""
         id_list = [int(i) for i in ids]

@@ -15,9 +15,10 @@ from sentence_transformers import SentenceTransformer
 
 from megatron_conan.config import dump_config
 from megatron_conan.config.tree import ParallelConfig
-from megatron_conan.data import binarize
+from megatron_conan.data.binarize import BATCH_CHARACTERS, in_batches
 from megatron_conan.data.format import Formatter, TextKind
 from megatron_conan.data.tokenizer import Tokenizer
+from megatron_conan.data.word_encoding import WordEncoder
 from megatron_conan.export.trained import TrainedRun, load_run
 from megatron_conan.mining.encode import packed_embed
 from megatron_conan.mining.offline import PreparedTexts
@@ -120,10 +121,11 @@ class FolderModel:
 
 def _tokenize(texts: Sequence[str], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of all texts [t] without special ones, and where each begins and the last ends [n + 1] int64."""
+    encoder = WordEncoder(tokenizer)
     tokens, lengths = [], [np.zeros(1, np.int64)]
-    for batch in binarize.in_batches(texts, binarize.BATCH_CHARACTERS):
-        batch_tokens, batch_lengths = binarize.encode_texts(tokenizer, batch)
-        tokens.append(batch_tokens)
+    for batch in in_batches(texts, BATCH_CHARACTERS):
+        batch_tokens, batch_lengths = encoder.encode(batch)
+        tokens.append(np.frombuffer(batch_tokens, encoder.dtype))
         lengths.append(batch_lengths)
     return np.concatenate(tokens), np.cumsum(np.concatenate(lengths), dtype=np.int64)
 

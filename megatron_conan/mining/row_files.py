@@ -9,18 +9,23 @@ import json
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_conan.data.pair_files import PairRow, parse_row
+from megatron_conan.data.documents import DocumentFormat
+from megatron_conan.data.input_files import InputFile, find_inputs
+from megatron_conan.data.pair_rows import PairRow, parse_row
 from megatron_conan.data.ragged import Ragged
-from megatron_conan.data.text_files import LineError, check_inputs, line_error, read_objects, read_texts, whole_file
+from megatron_conan.data.text_files import Record, parse_object, read_all
 from megatron_conan.mining.pools import MiningSource, Pools, shortened
 from megatron_conan.mining.select import REASONS, SHORT_REASONS
 
 SCORE_DIGITS = 6
+ROW_FORMATS = (".jsonl",)
+"""Of what `find_inputs` knows; rows are written again as they were."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +52,6 @@ def read_rows(inputs: Sequence[Path], corpus: Sequence[Path] = (), text_key: str
 
     Raises ValueError for files that are missing or empty, and for rows that can't be read, with file and line.
     """
-    check_inputs(inputs, suffixes=(".jsonl",))
-    check_inputs(corpus)
     numbers: dict[str, int] = {}
     is_document = bytearray()
     row_query, positives, offsets = array("q"), array("q"), array("q", [0])
@@ -61,8 +64,8 @@ def read_rows(inputs: Sequence[Path], corpus: Sequence[Path] = (), text_key: str
             is_document[number] = True
         return number
 
-    for path in inputs:
-        for _, row in _parsed_rows(path):
+    for file in find_inputs(inputs, ROW_FORMATS):
+        for _, row in _parsed_rows(file):
             row_query.append(number_of(row.query, document=False))
             positives.extend(number_of(text, document=True) for text in row.positives)
             offsets.append(len(positives))
@@ -70,13 +73,13 @@ def read_rows(inputs: Sequence[Path], corpus: Sequence[Path] = (), text_key: str
                 number_of(text, document=True)
     if not row_query:
         raise ValueError(f"{', '.join(map(str, inputs))}: no rows")
-    for path in corpus:
+    for file in find_inputs(corpus):
         is_empty = True
-        for text in _documents(path, text_key):
+        for text in _documents(file, text_key):
             number_of(text, document=True)
             is_empty = False
         if is_empty:
-            raise ValueError(f"{path}: no documents")
+            raise ValueError(f"{file.path}: no documents")
     return NumberedRows(
         list(numbers),
         np.frombuffer(row_query, np.int64),
@@ -106,10 +109,10 @@ def write_mined_rows(
     """
     number = 0
     with path.open("w", encoding="utf-8") as file:
-        for input_path in inputs:
-            for content, row in _parsed_rows(input_path):
+        for input_file in find_inputs(inputs, ROW_FORMATS):
+            for content, row in _parsed_rows(input_file):
                 if number == len(rows.row_query) or row.query != rows.texts[rows.row_query[number]]:
-                    raise ValueError(f"{input_path} changed while it was mined; start again")
+                    raise ValueError(f"{input_file.path} changed while it was mined; start again")
                 place = source.query_of_row[number]
                 found = pools.ids[place]
                 found = found[found >= 0].tolist()
@@ -140,23 +143,22 @@ def write_short_queries(path: Path, rows: NumberedRows, source: MiningSource, po
             file.write(_one_line(content))
 
 
-def _parsed_rows(path: Path) -> Iterator[tuple[dict[str, Any], PairRow]]:
+def _parsed_rows(file: InputFile) -> Iterator[tuple[dict[str, Any], PairRow]]:
     """The rows of a file as they stand there, and parsed. Raises ValueError with file and line."""
-    try:
-        for offset, content in read_objects(whole_file(path)):
-            yield content, parse_row("retrieval", offset, content)
-    except LineError as error:
-        raise line_error(path, error) from None
+
+    def parse(record: Record) -> tuple[dict[str, Any], PairRow] | None:
+        content = parse_object(record)
+        row = None if content is None else parse_row("retrieval", content)
+        return None if content is None or row is None else (content, row)
+
+    yield from read_all(file, parse)
 
 
-def _documents(path: Path, text_key: str) -> Iterator[str]:
+def _documents(file: InputFile, text_key: str) -> Iterator[str]:
     """The documents of a file that are not blank. Raises ValueError with file and line."""
-    try:
-        for text in read_texts(whole_file(path), text_key):
-            if text.strip():
-                yield text
-    except LineError as error:
-        raise line_error(path, error) from None
+    source = DocumentFormat(text_key=text_key)
+    for texts in read_all(file, partial(source.texts, file), source.columns):
+        yield from (text for text in texts if text.strip())
 
 
 def _negative_key(content: dict[str, Any]) -> str:

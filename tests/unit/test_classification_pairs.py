@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sample_texts import run_script
 
-from megatron_conan.data.label_files import LabelledTexts
+from megatron_conan.data.label_files import rows_of_classes
 from megatron_conan.data.pair_files import preprocess_pairs
 from megatron_conan.data.pairs import PairStore
 from megatron_conan.data.tokenizer import Tokenizer
@@ -111,16 +111,17 @@ def test_grouping_equals_a_plain_count():
     rng = np.random.default_rng(5)
     for _ in range(200):
         lines = [(int(text), f"c{label}") for text, label in rng.integers(0, (20, 12), (int(rng.integers(2, 40)), 2))]
-        labelled = LabelledTexts()
-        for text_id, label in lines:
-            labelled.add(text_id, label)
-        rows = labelled.rows()
+        ids = {text: number for number, text in enumerate(dict.fromkeys(text for text, _ in lines))}
+        lines = [(ids[text], label) for text, label in lines]
+        names = list(dict.fromkeys(label for _, label in lines))
+        labels = np.array([names.index(label) for _, label in lines], np.int32)
+        rows = rows_of_classes(np.array([text_id for text_id, _ in lines]), labels, names)
         first: dict[int, str] = {}
         for text_id, label in lines:
             first.setdefault(text_id, label)
         sizes = Counter(first.values())
         expected = [(text_id, label) for text_id, label in first.items() if sizes[label] > 1]
-        assert [(i, rows.names[c]) for i, c in zip(rows.text_ids, rows.labels, strict=True)] == expected
+        assert [(lines[i][0], rows.names[c]) for i, c in zip(rows.lines, rows.labels, strict=True)] == expected
         assert rows.names == list(dict.fromkeys(label for _, label in expected))
         assert rows.num_repeated + rows.num_conflicting == len(lines) - len(first)
         assert rows.num_repeated == sum(first[text_id] == label for text_id, label in lines) - len(first)

@@ -30,7 +30,7 @@ sys.exit(run_tool(main))
     ("how", "code", "stderr"),
     [
         ("terminate", 143, ""),
-        ("interrupt", 130, "error: interrupted; nothing was written\n"),
+        ("interrupt", 130, "error: interrupted. Nothing was written.\n"),
         ("fail", 2, "error: first line second line\n"),
     ],
 )

@@ -1,21 +1,36 @@
 """preprocess.py: what it writes is what megatron-core reads, for any number of workers; mistakes leave nothing behind."""
 
+import gzip
 import itertools
 import json
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from sample_texts import DOCUMENTS, load_tool, run_script
 
 from megatron_conan.data.binarize import preprocess_documents
 from megatron_conan.data.indexed_files import IndexedFile, token_dtype
-from megatron_conan.data.text_files import read_texts, split_into_spans
+from megatron_conan.data.input_files import find_inputs
+from megatron_conan.data.text_files import cut_into_chunks, records
 
 WITH_EMPTY = ["", *DOCUMENTS, "", "a\tb", "\u2028 inside a line", ""]
 
 
 def write_jsonl(path, texts):
     path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def write_packed(path, content):
+    """Content as a plain, .gz or .zst file, by the name's ending; packed in two members, as parallel packers do."""
+    half = len(content) // 2
+    if path.suffix == ".gz":
+        content = gzip.compress(content[:half]) + gzip.compress(content[half:])
+    if path.suffix == ".zst":
+        content = b"".join(pyarrow.compress(part, "zstd", asbytes=True) for part in (content[:half], content[half:]))
+    path.write_bytes(content)
     return path
 
 
@@ -75,17 +90,20 @@ def test_any_number_of_workers_writes_the_same_bytes(tmp_path, tokenizer):
     assert [tokenizer.decode(ids) for ids in documents[-4:]] == ["one", "", "two 我们", "last line without end"]
 
 
-@pytest.mark.parametrize("span_bytes", [1, 7, 64, 10**6])
-def test_spans_cover_whole_lines_once(tmp_path, span_bytes):
-    path = tmp_path / "lines.txt"
-    path.write_text("\n\nab\nä\n\nlonger line than a span\nend", encoding="utf-8")
-    spans = split_into_spans(path, span_bytes)
-    assert [text for span in spans for text in read_texts(span, "text")] == [
-        *("", "", "ab", "ä", "", "longer line than a span", "end")
-    ]
-    assert spans[0].start == 0
-    assert spans[-1].end == path.stat().st_size
-    assert all(before.end == after.start for before, after in itertools.pairwise(spans))
+@pytest.mark.parametrize("size", [1, 7, 64, 10**6])
+@pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
+def test_chunks_cover_whole_lines_once(tmp_path, size, ending):
+    content = "\n\nab\nä\n\nlonger line than a chunk\nend".encode()
+    path = write_packed(tmp_path / f"lines.txt{ending}", content)
+    chunks = list(cut_into_chunks(find_inputs([path]), size))
+    lines = [line.decode() for chunk in chunks for _, line in records(chunk)]
+    assert lines == ["", "", "ab", "ä", "", "longer line than a chunk", "end"]
+    assert (chunks[0].start, chunks[-1].end) == (0, len(content))
+    assert all(before.end == after.start for before, after in itertools.pairwise(chunks))
+    assert sum(chunk.work for chunk in chunks) == path.stat().st_size
+    for number, chunk in enumerate(chunks):
+        left = [later.key for later in cut_into_chunks(find_inputs([path]), size, chunk.key)]
+        assert left == [later.key for later in chunks[number + 1 :]]
 
 
 def test_tool_runs_as_documented_with_another_key_and_a_byte_order_mark(tmp_path, tokenizer):
@@ -157,7 +175,7 @@ def test_other_mistakes_are_explained(tmp_path, tokenizer):
     out = tmp_path / "out"
     for inputs, workers, message in [
         ([tmp_path / "absent.jsonl"], 1, "does not exist"),
-        ([tmp_path / "in.csv"], 1, "unknown format '.csv'; use .jsonl or .txt"),
+        ([tmp_path / "in.csv"], 1, "unknown format '.csv'; use .jsonl, .txt"),
         ([empty], 1, "2 documents without a single token"),
         ([source], 0, "workers=0 must be at least 1"),
     ]:
