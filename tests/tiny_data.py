@@ -50,6 +50,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "512",
         "--output-prefix",
         str(tokenizer),
+        "--special-tokens",  # none
     )
     model = ["--tokenizer-model", f"{tokenizer}.model"]
     _tool(

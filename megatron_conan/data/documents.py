@@ -19,7 +19,6 @@ from megatron_conan.data.text_files import (
 )
 
 FORMATS = ("text", "bitext")
-LANGUAGE_KEY = "lang"
 _LANGUAGES_IN_NAME = re.compile(r"(?:^|[._])([A-Za-z]{2,4}(?:-[A-Z][A-Za-z]+)?)-([A-Za-z]{2,4}(?:-[A-Z][A-Za-z]+)?)$")
 """`tatoeba_deu-eng` -> deu, eng."""
 
@@ -33,6 +32,8 @@ class DocumentFormat:
     text_key: str = "text"
     languages: tuple[str, str] | None = None
     """bitext: languages of `text1` and `text2`, where rows have no `lang1` and `lang2`; else those in the file's name."""
+    language_key: str | None = None
+    """Key of the text's language, where that is wanted."""
 
     def check(self, files: Sequence[InputFile]) -> None:
         """Raise ValueError for settings that contradict each other or the files."""
@@ -49,7 +50,7 @@ class DocumentFormat:
         """Keys that are read."""
         if self.kind == "bitext":
             return "text1", "text2", "lang1", "lang2"
-        return self.text_key, LANGUAGE_KEY
+        return (self.text_key,) if self.language_key is None else (self.text_key, self.language_key)
 
     def texts(self, file: InputFile, record: Record) -> list[str] | None:
         """The documents of a record; None for a blank line. Raises BadLine."""
@@ -61,11 +62,12 @@ class DocumentFormat:
         return self._bitext(file, row) if self.kind == "bitext" else [text_field(row, self.text_key)]
 
     def language(self, file: InputFile, record: Record) -> str:
-        """What the language of a record is called, after `texts` accepted it: by its row, else by its file."""
+        """What the language of a record is called, after `texts` accepted it: as its row says, else by its file's name."""
         row = parse_object(record) if file.format != ".txt" else None
         if row is not None and self.kind == "bitext":
             return "-".join(sorted(self._languages(file, row)))
-        return str((row or {}).get(LANGUAGE_KEY) or file.language)
+        named = row.get(self.language_key) if row is not None and self.language_key is not None else None
+        return named if isinstance(named, str) and named else file.language
 
     def _bitext(self, file: InputFile, row: dict[str, Any]) -> list[str]:
         lines = [

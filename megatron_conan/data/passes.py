@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -138,10 +139,12 @@ class ChunkPass:
         self._save()
 
     def inputs_counts(self) -> list[dict[str, Any]]:
-        """For the summary: what became of each file."""
+        """For the summary: what became of each file, named from the innermost folder that holds them all."""
+        paths = [file.path.absolute() for file in self.inputs.files]
+        folder = os.path.commonpath([path.parent for path in paths]) if paths else ""
         return [
-            {"file": str(file.path), **self.by_file.get(str(number), {})}
-            for number, file in enumerate(self.inputs.files)
+            {"file": path.relative_to(folder).as_posix(), **self.by_file.get(str(number), {})}
+            for number, path in enumerate(paths)
         ]
 
     def _take_faults(self, report: Report) -> None:

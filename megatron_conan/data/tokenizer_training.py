@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import sentencepiece
 
@@ -21,15 +21,23 @@ _UNSEEN_BY_TRAINER = re.compile("[\0\t\n\u2585]+")
 
 
 def train_tokenizer(
-    documents: Iterable[str], vocab_size: int, *, num_reserved: int = 0, character_coverage: float = 0.9995
+    documents: Iterable[str],
+    vocab_size: int,
+    *,
+    special_tokens: Sequence[str] = (),
+    num_reserved: int = 0,
+    character_coverage: float = 0.9995,
+    is_silent: bool = True,
 ) -> bytes:
     """Train a BPE model with byte fallback.
 
     Args:
         documents: texts; read once.
         vocab_size: number of pieces, special, reserved and the 256 byte pieces included.
-        num_reserved: number of control tokens `<reserved_0>` .. behind the special ones, for later use.
+        special_tokens: further control tokens, e.g. `<sep>`, with the ids from 4 on.
+        num_reserved: number of control tokens `<reserved_0>` .. behind those, for later use.
         character_coverage: share of the text's characters that get a piece; the rest is written in bytes.
+        is_silent: SentencePiece doesn't tell on stderr how far it is.
 
     Returns:
         The model file's content.
@@ -41,10 +49,13 @@ def train_tokenizer(
         raise ValueError(
             f"reserved={num_reserved} must not be negative, character_coverage={character_coverage} must be in (0, 1]"
         )
-    smallest = len(SPECIAL_PIECES) + num_reserved + 256
+    control_symbols = [*special_tokens, *(f"<reserved_{i}>" for i in range(num_reserved))]
+    _check_special_tokens(control_symbols)
+    num_special = len(SPECIAL_PIECES) + len(special_tokens)
+    smallest = num_special + num_reserved + 256
     if vocab_size <= smallest:
         raise ValueError(
-            f"vocab_size={vocab_size} must be above {smallest}: {len(SPECIAL_PIECES)} special, "
+            f"vocab_size={vocab_size} must be above {smallest}: {num_special} special, "
             f"{num_reserved} reserved and 256 byte pieces come before the characters"
         )
     source = _TrainingLines(documents)
@@ -70,10 +81,10 @@ def train_tokenizer(
             unk_piece=SPECIAL_PIECES[UNK_ID],
             bos_piece=SPECIAL_PIECES[BOS_ID],
             eos_piece=SPECIAL_PIECES[EOS_ID],
-            control_symbols=[f"<reserved_{i}>" for i in range(num_reserved)],
+            control_symbols=control_symbols,
             max_sentence_length=MAX_LINE_CHARACTERS * 4,
             num_threads=TRAINER_THREADS,
-            minloglevel=2,
+            minloglevel=2 if is_silent else 0,
         )
     except RuntimeError as error:
         if source.error:
@@ -82,6 +93,13 @@ def train_tokenizer(
     if source.error:
         raise source.error
     return model.getvalue()
+
+
+def training_lines(document: str) -> Iterator[str]:
+    """The lines of a document as the trainer takes them, without line breaks."""
+    for line in _UNSEEN_BY_TRAINER.split(document):
+        for start in range(0, len(line), MAX_LINE_CHARACTERS):
+            yield line[start : start + MAX_LINE_CHARACTERS]
 
 
 class _TrainingLines:
@@ -95,12 +113,27 @@ class _TrainingLines:
     def __iter__(self) -> Iterator[str]:
         try:
             for document in self._documents:
-                for line in _UNSEEN_BY_TRAINER.split(document):
-                    for start in range(0, len(line), MAX_LINE_CHARACTERS):
-                        self.num_lines += 1
-                        yield line[start : start + MAX_LINE_CHARACTERS]
+                for line in training_lines(document):
+                    self.num_lines += 1
+                    yield line
         except ValueError as error:
             self.error = error
+
+
+def _check_special_tokens(names: Sequence[str]) -> None:
+    taken = [
+        name
+        for name in names
+        if names.count(name) > 1 or name in SPECIAL_PIECES or re.fullmatch("<0x[0-9A-F]{2}>", name)
+    ]
+    odd = [
+        name for name in names if not name or any(character.isspace() or character in "\0,\u2581" for character in name)
+    ]
+    if taken or odd:
+        wrong = taken or odd
+        raise ValueError(
+            f"special token {wrong[0]!r} {'is there already' if taken else 'must be of visible characters'}; name another"
+        )
 
 
 def _explain_training_failure(message: str, vocab_size: int, num_lines: int) -> str:
