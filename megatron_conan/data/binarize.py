@@ -30,7 +30,7 @@ DOCUMENT_FORMAT = "megatron_conan documents 1"
 WRITTEN = ("documents", "tokens", "bytes")
 LEFT_OUT = ("duplicates", "too_short", "too_long")
 """What documents are counted under."""
-BATCH_CHARACTERS = 1 << 20
+BATCH_CHARACTERS = 1 << 17
 """Text handed to SentencePiece at a time."""
 
 
