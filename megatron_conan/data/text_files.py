@@ -23,6 +23,8 @@ from typing import Any, BinaryIO, TypeVar
 from megatron_conan.data.input_files import InputFile
 
 SMALLEST_CHUNK_BYTES, LARGEST_CHUNK_BYTES = 128 << 10, 8 << 20
+LARGEST_BLOCK_BYTES = 2 << 20
+"""Of a compressed file, whose chunks wait in memory."""
 CHUNKS = 64
 """Chunks that even a small corpus is cut into, so that many workers have something to do."""
 LONGEST_LINE_BYTES = 1 << 30
@@ -118,6 +120,7 @@ def _cut_plain(file: InputFile, file_number: int, size: int) -> Iterator[Chunk]:
 
 def _cut_packed(file: InputFile, file_number: int, size: int) -> Iterator[Chunk]:
     """Blocks of lines of a compressed file."""
+    size = min(size, LARGEST_BLOCK_BYTES)
     start = number = packed = 0
     with file.path.open("rb") as raw:
         try:
