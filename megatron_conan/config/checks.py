@@ -18,6 +18,7 @@ def check_config(config: RunConfig, world_size: int) -> None:
     _check_ranks(config, world_size)
     _check_model(config)
     _check_batch(config, world_size)
+    _check_source_names(config)
     _check_stage(config)
 
 
@@ -120,6 +121,15 @@ def _check_micro_batch_tokens(config: RunConfig) -> None:
             f"train.micro_batch_tokens={t.micro_batch_tokens} is below one text of {longest} tokens "
             "(data.max_query_length, data.max_document_length); raise it, or shorten those"
         )
+
+
+def _check_source_names(config: RunConfig) -> None:
+    labels = [source.label for source in config.data.sources]
+    for i, label in enumerate(labels):
+        if label in labels[:i]:
+            raise ValueError(
+                f"data.sources.{labels.index(label)} and data.sources.{i} are both called {label!r}; give one a data.sources.{i}.name"
+            )
 
 
 def _check_stage(config: RunConfig) -> None:

@@ -96,7 +96,14 @@ def dump_config(config: RunConfig) -> str:
 
 def resume_differences(old: RunConfig, new: RunConfig) -> list[str]:
     """Keys in which two configs differ and must not on resume, as lines `key: old -> new`."""
-    return list(_differences(old.model_dump(mode="json"), new.model_dump(mode="json")))
+    differences = list(_differences(old.model_dump(mode="json"), new.model_dump(mode="json")))
+    limited = [f"data.sources.{i}" for i, source in enumerate(new.data.sources) if source.max_epochs is not None]
+    if limited and old.train.steps != new.train.steps:
+        differences.append(
+            f"train.steps: {old.train.steps} -> {new.train.steps}, on which the shares of sources depend with max_epochs "
+            f"({', '.join(limited)})"
+        )
+    return differences
 
 
 def _differences(before: Any, after: Any, key: str = "") -> Iterator[str]:

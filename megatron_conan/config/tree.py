@@ -67,12 +67,22 @@ class SourceConfig(Section):
     weight: Annotated[float, Field(gt=0)] | None = None
     """Share of this source in the training mix, relative to the other sources' weights (all sources give one, or none
     does). Without weights: language-model sources alike, pair sources by `data.source_temperature`."""
+    max_epochs: Annotated[float, Field(gt=0)] | None = None
+    """The run goes through this source so often at most; what it would take beyond that, the others take by weight. The
+    shares then depend on `train.steps`, which a resumed run must keep."""
+    name: Annotated[str, Field(min_length=1)] | None = None
+    """What the source is called in `mix/NAME` of the metrics; the prefix's last part if not given."""
     batch_size: Positive | None = None
     """Rows of a global batch from this source (contrastive stages); `train.global_batch_size` if not given."""
     query_prompt: str | None = None
     """Name of the prompt before queries; if not given, `query` for retrieval, else the task's name."""
     document_prompt: str | None = None
     """Name of the prompt before documents; if not given, `document` for retrieval, else the task's name."""
+
+    @property
+    def label(self) -> str:
+        """What the source is called."""
+        return self.name or self.prefix.name
 
 
 class DataConfig(Section):

@@ -100,6 +100,19 @@ def _epoch_order(epoch_size: int, seed: int, epoch: int) -> tuple[int, int]:
     return multiplier, int(generator.integers(epoch_size))
 
 
+def samples_per_epoch(prefixes: Sequence[str | Path], *, seq_length: int, tokenizer: Tokenizer) -> list[int]:
+    """Samples of `seq_length` tokens that each corpus holds. Raises ValueError as `build_lm_dataset`."""
+    summaries = _read_summaries([Path(prefix) for prefix in prefixes], tokenizer, seq_length)
+    return [(summary["tokens"] - 1) // seq_length for summary in summaries]
+
+
+def samples_by_source(dataset: torch.utils.data.Dataset, num_sources: int, start: int, end: int) -> np.ndarray:
+    """[num_sources] how many of the samples `start` to `end` of a dataset of `build_lm_dataset` come from each source."""
+    if num_sources == 1:
+        return np.array([end - start])
+    return np.bincount(dataset.dataset_index[start:end], minlength=num_sources)  # type: ignore[attr-defined]
+
+
 def build_lm_dataset(
     prefixes: Sequence[str | Path],
     weights: Sequence[float],

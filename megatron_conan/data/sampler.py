@@ -88,6 +88,12 @@ class SourceSchedule:
         source = sources[position]
         return int((sources[:position] == source).sum() + self._counts_before[block, source])
 
+    def batches_of(self, steps: int) -> np.ndarray:
+        """[sources] int64: batches of each source in the first `steps` steps."""
+        block, position = divmod(steps, SCHEDULE_BLOCK)
+        sources = self._sources_of_block(block)
+        return self._counts_before[block] + np.bincount(sources[:position], minlength=len(self.weights))
+
     def _sources_of_block(self, block: int) -> np.ndarray:
         """[SCHEDULE_BLOCK] source of each step of a block."""
         self._extend_to(block)

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from megatron_conan.config import RunConfig
 from megatron_conan.data.batch import LMBatch
-from megatron_conan.data.packed_lm import build_lm_dataset, lm_batch
+from megatron_conan.data.blending import blend_sources
+from megatron_conan.data.packed_lm import build_lm_dataset, lm_batch, samples_by_source, samples_per_epoch
 from megatron_conan.data.pairs import PairStore
 from megatron_conan.data.sampler import SourceSchedule, dp_slice, sample_indices
 from megatron_conan.data.sft import SFTDataset, sft_batch
 from megatron_conan.loss.lm import masked_sum
 from megatron_conan.train.largest_batch import LargestBatch, max_in_flight
-from megatron_conan.train.pair_data import source_weights
+from megatron_conan.train.mix import blended, scheduled_samples, source_weights
 from megatron_conan.train.setup import Setup
 from megatron_conan.train.step import LossFunction, StepReport, run_schedule
 
@@ -31,11 +32,16 @@ class PackedDocuments:
         """Open the sources; rank 0 builds megatron-core's sample index in the run folder first."""
         config = setup.config
         self.setup, self.batch_size = setup, config.train.global_batch_size
+        prefixes = [source.prefix for source in config.data.sources]
+        sizes = samples_per_epoch(prefixes, seq_length=config.seq_length, tokenizer=setup.tokenizer)
+        num_samples = config.train.steps * self.batch_size
+        self.blends = [blend_sources(blended(config.data.sources, _weights(config), sizes), num_samples)]
+        self._counted, self._counts = 0, np.zeros(len(sizes), np.int64)
         self.dataset = build_lm_dataset(
-            [source.prefix for source in config.data.sources],
-            _weights(config),
+            prefixes,
+            self.blends[0].weights,
             seq_length=config.seq_length,
-            num_samples=config.train.steps * self.batch_size,
+            num_samples=num_samples,
             seed=config.train.seed,
             tokenizer=setup.tokenizer,
             cache_dir=config.run_dir / "index_cache",
@@ -46,6 +52,15 @@ class PackedDocuments:
         start = (step - 1) * self.batch_size
         parts = _micro_batches(np.arange(start, start + self.batch_size), self.setup)
         return [lm_batch(self.dataset, part).to(self.setup.context.device) for part in parts]
+
+    def samples_taken(self, step: int) -> dict[str, int]:
+        """See StageData."""
+        end = step * self.batch_size
+        if end < self._counted:
+            self._counted, self._counts = 0, np.zeros_like(self._counts)
+        self._counts = self._counts + samples_by_source(self.dataset, len(self._counts), self._counted, end)
+        self._counted = end
+        return dict(zip([source.name for source in self.blends[0].sources], self._counts.tolist(), strict=True))
 
     def largest_batch(self) -> LargestBatch:
         """Of the size that all have."""
@@ -62,7 +77,9 @@ class Instructions:
         stores = [PairStore(source.prefix, setup.tokenizer) for source in config.data.sources]
         self.datasets = [SFTDataset(store, setup.tokenizer, config.seq_length) for store in stores]
         sizes = [len(dataset) for dataset in self.datasets]
-        self.schedule = SourceSchedule(sizes, _weights(config), seed=config.train.seed)
+        sources = blended(config.data.sources, _weights(config), sizes, config.train.global_batch_size)
+        self.blends = [blend_sources(sources, config.train.steps)]
+        self.schedule = SourceSchedule(sizes, self.blends[0].weights, seed=config.train.seed)
 
     def batch(self, step: int) -> list[LMBatch]:
         """This rank's micro-batches of step `step` (from 1)."""
@@ -72,6 +89,10 @@ class Instructions:
         rows = sample_indices(len(dataset), train.seed, start, train.global_batch_size)
         parts = _micro_batches(rows, self.setup)
         return [sft_batch(dataset, part).to(self.setup.context.device) for part in parts]
+
+    def samples_taken(self, step: int) -> dict[str, int]:
+        """See StageData."""
+        return scheduled_samples(self.schedule, self.blends[0], step)
 
     def largest_batch(self) -> LargestBatch:
         """Of the size that all have: they are padded."""

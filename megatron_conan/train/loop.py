@@ -15,6 +15,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
 
+from megatron_conan.data.blending import mix_metrics
 from megatron_conan.data.fingerprint import Fingerprints, check_same_data, data_fingerprints
 from megatron_conan.data.packing import PackedTexts
 from megatron_conan.model.conan import build_model
@@ -26,6 +27,7 @@ from megatron_conan.train.checkpoint_saving import Checkpointer
 from megatron_conan.train.dry_run import dry_run
 from megatron_conan.train.flops import peak_flops, step_flops
 from megatron_conan.train.metrics import MetricsWriter, memory_gib, phase_seconds
+from megatron_conan.train.mix import tell_mix, tell_realised
 from megatron_conan.train.optim import build_optimizer, wrap_for_training
 from megatron_conan.train.phases import Phases
 from megatron_conan.train.profiling import ProfilerWindow
@@ -156,6 +158,8 @@ def train(trainer: Trainer) -> dict[str, float]:
             if _wants_dry_run(trainer):
                 with trainer.phases.within("dry_run"):
                     dry_run(trainer)
+            if context.rank == 0 and trainer.step < config.train.steps:
+                tell_mix(trainer.parts.data.blends)
             while trainer.step < config.train.steps:
                 window.before_step(trainer.step + 1)
                 values = one_step(trainer)
@@ -172,6 +176,8 @@ def train(trainer: Trainer) -> dict[str, float]:
         if writer is not None:
             writer.close()
         checkpointer.close()
+    if context.rank == 0:
+        tell_realised(trainer.parts.data.blends, trainer.step, trainer.parts.data.samples_taken(trainer.step))
     return values
 
 
@@ -213,9 +219,10 @@ def one_step(trainer: Trainer) -> dict[str, float]:
         flops = step_flops(setup.config, values["tokens"], attended_pairs, causal=alpha == 0.0)
         timing["mfu"] = flops / (seconds * setup.context.world_size * peak)
     mask = {"alpha": alpha} if setup.config.is_contrastive else {}
+    mix = mix_metrics(trainer.parts.data.samples_taken(step))
     skipped = {"skipped_steps": float(trainer.skipped.total)} if trainer.skipped.total else {}
     first = {"loss": values.pop("loss"), "lr": get_canonical_lr_for_logging(trainer.optimizer.param_groups) or 0.0}
-    return {**first, **values, **timing, **mask, **hook_values, **skipped}
+    return {**first, **values, **timing, **mask, **mix, **hook_values, **skipped}
 
 
 def _skip_if_not_finite(trainer: Trainer, batch: Any, values: dict[str, float]) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_conan.config.tree import SourceConfig
+from megatron_conan.data.blending import Blend, blend_sources
 from megatron_conan.data.format import TextKind, prompt_name
 from megatron_conan.data.packing import PackedTexts, deal_texts, pack_texts, split_texts
 from megatron_conan.data.pair_batch import PairBatch, build_pair_batch
@@ -16,6 +17,7 @@ from megatron_conan.data.sampler import SourceSchedule, sample_indices
 from megatron_conan.mining.table import NegativesTable
 from megatron_conan.model.attention import attention_case, computes_packed
 from megatron_conan.train.largest_batch import LargestBatch, LargestRows, largest_parts, max_in_flight, most_a_row
+from megatron_conan.train.mix import blended, scheduled_samples, source_weights
 from megatron_conan.train.setup import Setup
 
 
@@ -102,6 +104,18 @@ class Pairs:
         lengths = texts.lengths[dealt[context.dp_rank]]
         parts = split_texts(lengths, self.setup.config.train.micro_batch_tokens, self._num_parts(batches))
         return self._packed(step, batches, texts, dealt, parts)
+
+    @property
+    def blends(self) -> list[Blend]:
+        """See StageData: one of the main sources, maybe one of scored pairs."""
+        return [stream.blend for stream in self._streams]
+
+    def samples_taken(self, step: int) -> dict[str, int]:
+        """See StageData."""
+        taken: dict[str, int] = {}
+        for stream in self._streams:
+            taken |= scheduled_samples(stream.schedule, stream.blend, step)
+        return taken
 
     def largest_batch(self) -> LargestBatch:
         """A batch as large as any of the run: of the source with most tokens, all texts as long as its longest."""
@@ -221,7 +235,12 @@ class _Stream:
         weights = source_weights([data.sources[store.name] for store in stores])
         temperature = config.data.source_temperature if weights is None else None
         num_rows = [store.num_rows for store in stores]
-        self.schedule = SourceSchedule(num_rows, weights, temperature=temperature, seed=self.seed)
+        schedule = SourceSchedule(num_rows, weights, temperature=temperature, seed=self.seed)
+        configs = [data.sources[store.name] for store in stores]
+        asked = schedule.weights.tolist() if weights is None else weights
+        self.blend = blend_sources(blended(configs, asked, num_rows, batch_size), config.train.steps)
+        is_limited = self.blend.weights != asked
+        self.schedule = SourceSchedule(num_rows, self.blend.weights, seed=self.seed) if is_limited else schedule
 
     def batch(self, step: int) -> PairBatch:
         source = self.schedule.source_at(step - 1)
@@ -294,17 +313,6 @@ def _prompts(task: str, source: SourceConfig) -> dict[TextKind, str]:
         "query": prompt_name(task, "query", source.query_prompt),
         "document": prompt_name(task, "document", source.document_prompt),
     }
-
-
-def source_weights(sources: list[SourceConfig]) -> list[float] | None:
-    """The sources' weights, or None if none is given. Raises ValueError if only some are."""
-    weights = [source.weight for source in sources if source.weight is not None]
-    if weights and len(weights) < len(sources):
-        missing = [str(source.prefix) for source in sources if source.weight is None]
-        raise ValueError(
-            f"data.sources: {', '.join(missing)} gives no weight but others do; give all sources one, or none"
-        )
-    return weights or None
 
 
 def pad_multiple(tensor_size: int) -> int:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from megatron.core.distributed import DistributedDataParallel
 
+from megatron_conan.data.blending import Blend
 from megatron_conan.model.conan import Head
 from megatron_conan.train import language
 from megatron_conan.train.contrastive import Contrastive
@@ -25,6 +26,13 @@ class StageData(Protocol):
 
     def largest_batch(self) -> LargestBatch:
         """A batch as large as any that `batch` can give."""
+
+    def samples_taken(self, step: int) -> dict[str, int]:
+        """Samples (sequences, rows) of each source in steps 1 .. step, by name; a pure function of config and step."""
+
+    @property
+    def blends(self) -> list[Blend]:
+        """How the sources are mixed; two, where scored pairs stand beside every batch."""
 
 
 @dataclass(frozen=True)
