@@ -128,7 +128,8 @@ def _check_source_names(config: RunConfig) -> None:
     for i, label in enumerate(labels):
         if label in labels[:i]:
             raise ValueError(
-                f"data.sources.{labels.index(label)} and data.sources.{i} are both called {label!r}; give one a data.sources.{i}.name"
+                f"data.sources.{labels.index(label)} and data.sources.{i} are both called {label!r}; give one a name "
+                f"(data.sources.{i}.name)"
             )
 
 

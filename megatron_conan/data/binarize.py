@@ -18,9 +18,9 @@ import numpy as np
 
 from megatron_conan.data.documents import DocumentFormat
 from megatron_conan.data.indexed_files import token_dtype, write_index
-from megatron_conan.data.input_files import InputFile, find_inputs
+from megatron_conan.data.input_files import REJECTED, InputFile, find_inputs
 from megatron_conan.data.numbering import DIGEST_BYTES, number_texts, text_digests
-from megatron_conan.data.passes import REJECTED, ChunkPass, Inputs, Report
+from megatron_conan.data.passes import ChunkPass, Inputs, Report
 from megatron_conan.data.resumable import PartialOutput, partial_output
 from megatron_conan.data.text_files import Chunk, Fault, Record, parse_records
 from megatron_conan.data.tokenizer import Tokenizer
@@ -341,7 +341,7 @@ def preprocess_documents(
             "longest_document": int(lengths.max()),
             "left_out": {name: counts[name] for name in LEFT_OUT if counts.get(name)},
             "rejected": tokens.rejected,
-            "inputs": tokens.inputs_counts(),
+            "inputs": tokens.inputs_counts(WRITTEN),
         }
         publish_outputs(output, [".bin", ".idx"], summary)
     return summary

@@ -11,6 +11,8 @@ from typing import Any
 COMPRESSIONS = ("", ".gz", ".zst")
 TEXT_FORMATS = (".jsonl", ".txt", ".parquet")
 ROW_FORMATS = (".jsonl", ".parquet")
+REJECTED = ".rejected.jsonl"
+"""What a data tool writes beside its outputs ends so: no input, where a folder is one."""
 
 
 @dataclass(frozen=True)
@@ -20,13 +22,22 @@ class InputFile:
     path: Path
     format: str
     """.jsonl, .txt or .parquet."""
-    compression: str = ""
+    compression: str
     """.gz, .zst or nothing."""
+    size: int
+    """Bytes, when it was found."""
+    modified_ns: int
+    """Time of its last change then."""
 
     def identity(self) -> dict[str, Any]:
         """By what a changed file is known: path, size and time of the last change."""
+        return {"file": str(self.path.absolute()), "bytes": self.size, "modified_ns": self.modified_ns}
+
+    def check_unchanged(self) -> None:
+        """Raise ValueError if it is no longer what was found."""
         status = self.path.stat()
-        return {"file": str(self.path.absolute()), "bytes": status.st_size, "modified_ns": status.st_mtime_ns}
+        if (status.st_size, status.st_mtime_ns) != (self.size, self.modified_ns):
+            raise ValueError(f"{self.path} changed while it was read; wait until it is whole, then run this again")
 
     @property
     def language(self) -> str:
@@ -38,7 +49,8 @@ def find_inputs(names: Sequence[str | Path], formats: Sequence[str] = TEXT_FORMA
     """The files that some names stand for, in order; those of a folder or a pattern are sorted.
 
     Args:
-        names: files; folders, of which all readable files at any depth are taken; patterns such as `crawl/**/*.jsonl.zst`.
+        names: files; folders, of which all readable files at any depth are taken but hidden ones and lines that were
+            rejected (`REJECTED`); patterns such as `crawl/**/*.jsonl.zst`.
         formats: of `TEXT_FORMATS` those that are wanted.
 
     Raises:
@@ -62,7 +74,7 @@ def _paths(name: Path, formats: Sequence[str]) -> list[Path]:
         paths = sorted(
             path
             for path in name.rglob("*")
-            if _format_of(path)[0] in formats and path.is_file() and not _hidden(path, name)
+            if _format_of(path)[0] in formats and path.is_file() and not _passed_over(path, name)
         )
         if not paths:
             raise ValueError(f"input folder {name} holds no {_shown(formats)} file")
@@ -75,15 +87,16 @@ def _paths(name: Path, formats: Sequence[str]) -> list[Path]:
     return paths
 
 
-def _hidden(path: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+def _passed_over(path: Path, folder: Path) -> bool:
+    return path.name.endswith(REJECTED) or any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
 def _input_file(path: Path, formats: Sequence[str]) -> InputFile:
     kind, compression = _format_of(path)
     if kind not in formats:
         raise ValueError(f"input {path}: unknown format {''.join(path.suffixes[-2:])!r}; use {_shown(formats)}")
-    return InputFile(path, kind, compression)
+    status = path.stat()
+    return InputFile(path, kind, compression, status.st_size, status.st_mtime_ns)
 
 
 def _format_of(path: Path) -> tuple[str, str]:

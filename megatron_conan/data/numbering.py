@@ -7,6 +7,7 @@ Shapes: `n` texts, `d` distinct ones.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -46,8 +47,7 @@ def number_texts(digests: Path, folder: Path, *, bucket_texts: int = BUCKET_TEXT
     total = digests.stat().st_size // DIGEST_BYTES
     if not total:
         return np.empty(0, bool), np.empty(0, np.int64)
-    is_first = np.memmap(folder / "is_first", dtype=bool, mode="w+", shape=(total,))
-    number = np.memmap(folder / "number", dtype=np.int64, mode="w+", shape=(total,))
+    is_first, number = _zeros(folder / "is_first", bool, total), _zeros(folder / "number", np.int64, total)
     # at first `number` holds the position of the first text alike
     for bucket in _buckets(digests, total, folder, bucket_texts):
         order = np.lexsort((bucket["position"], bucket["low"], bucket["high"]))
@@ -57,7 +57,7 @@ def number_texts(digests: Path, folder: Path, *, bucket_texts: int = BUCKET_TEXT
         first = ordered["position"][begins]
         is_first[first] = True
         number[ordered["position"]] = first[np.cumsum(begins) - 1]
-    rank = np.memmap(folder / "rank", dtype=np.int64, mode="w+", shape=(total,))
+    rank = _zeros(folder / "rank", np.int64, total)
     before = 0
     for start in range(0, total, BLOCK_TEXTS):
         block = slice(start, start + BLOCK_TEXTS)
@@ -69,6 +69,13 @@ def number_texts(digests: Path, folder: Path, *, bucket_texts: int = BUCKET_TEXT
     is_first.flush()
     number.flush()
     return is_first, number
+
+
+def _zeros(path: Path, dtype: type, size: int) -> np.memmap:
+    """[size] zeros in a file. Its place on the disk is taken at once: a full one would later kill this process, by SIGBUS."""
+    with path.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, size * np.dtype(dtype).itemsize)
+    return np.memmap(path, dtype=dtype, mode="r+", shape=(size,))
 
 
 def _buckets(digests: Path, total: int, folder: Path, bucket_texts: int) -> Iterable[np.ndarray]:

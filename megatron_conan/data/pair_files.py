@@ -307,7 +307,7 @@ def preprocess_pairs(
             "tokenizer_size": tokenizer.size,
             "tokens_sha256": sha256,
             "rejected": _added(table.rows.rejected, table.corpus.rejected),
-            "inputs": [*table.rows.inputs_counts(), *table.corpus.inputs_counts()],
+            "inputs": [*table.rows.inputs_counts(["rows"]), *table.corpus.inputs_counts(["documents"])],
         }
         suffixes = [".bin", ".idx", *(f".{name}.npy" for name in arrays.names)]
         stale = [f".{name}.npy" for name in TASK_ARRAYS if name not in arrays.names]

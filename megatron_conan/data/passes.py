@@ -11,12 +11,11 @@ from itertools import count
 from typing import Any, Protocol, TypeVar
 
 from megatron_conan.data.command_line import Progress
-from megatron_conan.data.input_files import InputFile
+from megatron_conan.data.input_files import REJECTED, InputFile
 from megatron_conan.data.process_map import process_map
 from megatron_conan.data.resumable import PartialOutput
 from megatron_conan.data.text_files import Chunk, Fault, chunk_bytes, cut_into_chunks, fault_error, place_of
 
-REJECTED = ".rejected.jsonl"
 ON_ERROR = ("fail", "skip")
 
 
@@ -55,9 +54,9 @@ class Inputs:
         self.files, self.stop_at_fault = list(files), on_error == "fail"
         self.size = chunk_bytes(files)
 
-    def identity(self) -> list[dict[str, Any]]:
-        """What the files are known by, as JSON."""
-        return [file.identity() for file in self.files]
+    def identity(self) -> dict[str, Any]:
+        """What the files and their chunks are known by, as JSON."""
+        return {"files": [file.identity() for file in self.files], "chunk_bytes": self.size}
 
 
 class ChunkPass:
@@ -121,7 +120,7 @@ class ChunkPass:
         """
         if self.is_done:
             return
-        total = sum(file.path.stat().st_size for file in self.inputs.files)
+        total = sum(file.size for file in self.inputs.files)
         progress = Progress(label, total, unit, done=self.work, is_bytes=True)
         for result in process_map(function, tasks, num_workers):
             report = result.report
@@ -138,12 +137,16 @@ class ChunkPass:
         self.is_done = True
         self._save()
 
-    def inputs_counts(self) -> list[dict[str, Any]]:
-        """For the summary: what became of each file, named from the innermost folder that holds them all."""
+    def inputs_counts(self, names: Sequence[str]) -> list[dict[str, Any]]:
+        """For the summary: some counts of each file, which is named from the innermost folder that holds them all."""
         paths = [file.path.absolute() for file in self.inputs.files]
         folder = os.path.commonpath([path.parent for path in paths]) if paths else ""
         return [
-            {"file": path.relative_to(folder).as_posix(), **self.by_file.get(str(number), {})}
+            {
+                "file": path.relative_to(folder).as_posix(),
+                **dict.fromkeys(names, 0),
+                **self.by_file.get(str(number), {}),
+            }
             for number, path in enumerate(paths)
         ]
 

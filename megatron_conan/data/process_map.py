@@ -36,8 +36,8 @@ def process_map(function: Callable[[Task], Result], tasks: Iterable[Task], num_w
     pool = ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker)
     running: deque[Future[Result]] = deque()
     try:
-        for task in tasks:
-            running.append(pool.submit(function, task))
+        for future in _submitted(pool, function, tasks):
+            running.append(future)
             if len(running) >= 2 * num_workers:
                 yield running.popleft().result()
         while running:
@@ -48,6 +48,19 @@ def process_map(function: Callable[[Task], Result], tasks: Iterable[Task], num_w
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _submitted(
+    pool: ProcessPoolExecutor, function: Callable[[Task], Result], tasks: Iterable[Task]
+) -> Iterator[Future[Result]]:
+    """Results to come of each task; an error in reading tasks stands behind those of the tasks before it."""
+    try:
+        for task in tasks:
+            yield pool.submit(function, task)
+    except (ValueError, OSError) as error:
+        failed: Future[Result] = Future()
+        failed.set_exception(error)
+        yield failed
 
 
 def _start_worker() -> None:

@@ -81,7 +81,11 @@ class PartialOutput:
         state = _read_json(self.folder / "state.json")
         if restart or begun is None or (state is None and not self.is_complete):
             self._empty()
-            self._replace_json("job.json", job)
+            try:
+                self._replace_json("job.json", job)
+            except OSError:
+                self.remove()
+                raise
             return {}
         if begun != job:
             different = ", ".join(key for key in sorted(begun.keys() | job.keys()) if begun.get(key) != job.get(key))
@@ -169,9 +173,9 @@ class PartialOutput:
 
     def remove(self) -> None:
         """Remove the folder, and what was made above it if nothing else is there."""
-        self.close_files()
-        (self.folder / "complete.json").unlink(missing_ok=True)  # first: a folder without it begins anew
-        (self.folder / "state.json").unlink(missing_ok=True)
+        self._drop_files()
+        for name in ("state.json", "complete.json"):  # complete.json last: up to then a next run only comes here again
+            (self.folder / name).unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.close()
         with contextlib.suppress(OSError):
@@ -180,8 +184,15 @@ class PartialOutput:
 
     def close(self) -> None:
         """Leave the folder to a next run."""
-        self.close_files()
+        self._drop_files()
         self._lock.close()
+
+    def _drop_files(self) -> None:
+        """Close what `file` opened, even on a full disk: what is behind the last commit is cut off anyway."""
+        for stream in self._files.values():
+            with contextlib.suppress(OSError):
+                stream.close()
+        self._files = {}
 
     def _target(self, suffix: str) -> Path:
         return self.prefix.with_name(self.prefix.name + suffix)
@@ -194,7 +205,9 @@ class PartialOutput:
 
     def _replace_json(self, name: str, content: Mapping[str, Any], indent: int | None = None) -> None:
         new = self.folder / f"{name}.new"
-        new.write_text(json.dumps(content, ensure_ascii=False, indent=indent) + "\n", encoding="utf-8")
+        new.write_text(
+            json.dumps(content, ensure_ascii=False, indent=indent) + "\n", encoding="utf-8", errors="backslashreplace"
+        )
         sync(new)
         new.replace(self.folder / name)
         sync(self.folder)

@@ -14,6 +14,7 @@ import codecs
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,10 @@ CHUNKS = 64
 """Chunks that even a small corpus is cut into, so that many workers have something to do."""
 LONGEST_LINE_BYTES = 1 << 30
 """Longer lines are refused: they are no text, and one alone would fill the memory."""
+
+MOST_LEVELS = 100
+"""Deeper JSON is refused. Python refuses it too, but at a depth that depends on who calls, so not alike in all passes."""
+_STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[][{}]', re.DOTALL)
 
 Record = bytes | dict[str, Any]
 """A line without its end, or a row of parquet."""
@@ -80,7 +85,7 @@ class Fault:
 
 def chunk_bytes(files: Sequence[InputFile]) -> int:
     """Size of the chunks that files are best cut into; a function of the files alone."""
-    total = sum(file.path.stat().st_size for file in files)
+    total = sum(file.size for file in files)
     return min(LARGEST_CHUNK_BYTES, max(SMALLEST_CHUNK_BYTES, total // CHUNKS))
 
 
@@ -93,24 +98,25 @@ def cut_into_chunks(files: Sequence[InputFile], size: int, after: tuple[int, int
         after: key of a chunk; only those behind it are given.
 
     Raises:
-        ValueError: a file is damaged; chunks before that are given.
+        ValueError: a file is damaged, or changed since it was found; chunks before that are given.
     """
     for number, file in enumerate(files):
         if after is not None and number < after[0]:
             continue
         cut = _cut_parquet if file.format == ".parquet" else _cut_packed if file.compression else _cut_plain
+        file.check_unchanged()
         for chunk in cut(file, number, size):
             if after is None or chunk.key > after:
                 yield chunk
+        file.check_unchanged()
 
 
 def _cut_plain(file: InputFile, file_number: int, size: int) -> Iterator[Chunk]:
     """Spans of about `size` bytes, each ending behind a line."""
-    total = file.path.stat().st_size
     start = number = 0
     with file.path.open("rb") as stream:
-        while start < total:
-            stream.seek(min(start + max(size, 1), total) - 1)
+        while start < file.size:
+            stream.seek(min(start + max(size, 1), file.size) - 1)
             while (piece := stream.readline(1 << 24)) and not piece.endswith(b"\n"):
                 pass
             end = stream.tell()
@@ -124,6 +130,8 @@ def _cut_packed(file: InputFile, file_number: int, size: int) -> Iterator[Chunk]
     start = number = packed = 0
     with file.path.open("rb") as raw:
         try:
+            if not file.size:
+                raise EOFError("it is empty")
             with _unpacked(raw, file.compression) as stream:
                 while data := stream.read(size):
                     while not data.endswith(b"\n") and (rest := stream.readline(1 << 24)):
@@ -226,7 +234,7 @@ def _parquet_rows(chunk: Chunk, columns: Sequence[str] | None) -> Iterator[dict[
         try:
             for batch in table.iter_batches(256, row_groups=[chunk.start], columns=names, use_threads=False):
                 yield from batch.to_pylist()
-        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
             raise ValueError(
                 f"{chunk.file.path}: row group {chunk.start} can't be read: {_first_line(error)}; get the file anew"
             ) from None
@@ -296,6 +304,8 @@ def parse_object(record: Record) -> dict[str, Any] | None:
     if not record or record.isspace():
         return None
     text = decode_utf8(record)
+    if _is_too_deep(text):
+        raise BadLine("malformed JSON", f"malformed JSON: more than {MOST_LEVELS} levels deep")
     try:
         row = json.loads(text)
     except json.JSONDecodeError as error:
@@ -305,6 +315,19 @@ def parse_object(record: Record) -> dict[str, Any] | None:
     if not isinstance(row, dict):
         raise BadLine("no object", f"expected a JSON object, found {type(row).__name__}")
     return row
+
+
+def _is_too_deep(text: str) -> bool:
+    """Whether JSON has more than MOST_LEVELS levels."""
+    if text.count("[") + text.count("{") <= MOST_LEVELS:
+        return False
+    level = 0
+    for found in _STRING_OR_BRACKET.finditer(text):
+        mark = found[0][0]
+        level += (mark in "[{") - (mark in "]}")
+        if level > MOST_LEVELS:
+            return True
+    return False
 
 
 def decode_utf8(line: bytes) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from itertools import chain
 
 import numpy as np
+import sentencepiece
 
 from megatron_conan.data.indexed_files import token_dtype
 from megatron_conan.data.tokenizer import Tokenizer
@@ -28,7 +29,8 @@ class WordEncoder:
     """Encodes texts for one tokenizer, remembering words.
 
     Args:
-        tokenizer: any; texts are encoded whole where a piece has a space behind another character, or texts are changed first.
+        tokenizer: any; texts are encoded whole where it is no byte-pair encoding, a piece has a space behind another
+            character, or texts are changed first.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -51,7 +53,7 @@ class WordEncoder:
         Raises:
             ValueError: a text holds lone surrogates.
         """
-        words = [WORD.findall(text) for text in texts] if self.cuts_words else [[text] for text in texts]
+        words = [self._words(text) for text in texts]
         rare = self._encode_words(set(chain.from_iterable(words)))
         tokens_of = self._tokens.__getitem__
         end = [np.array([self.tokenizer.eos_id], self.dtype).tobytes()] if append_eod else []
@@ -60,6 +62,10 @@ class WordEncoder:
             del self._tokens[word]
         lengths = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded)) // self.dtype.itemsize
         return b"".join(encoded), lengths.astype(np.int32)
+
+    def _words(self, text: str) -> list[str]:
+        """What is encoded apart. A literal U+2581 is a space to SentencePiece, which may merge it with real ones."""
+        return WORD.findall(text) if self.cuts_words and "\u2581" not in text else [text]
 
     def _encode_words(self, words: set[str]) -> list[str]:
         """Have the tokens of all these words at hand. Returns those that are not to be kept."""
@@ -77,4 +83,11 @@ def _can_cut(tokenizer: Tokenizer) -> bool:
     gets_space = pieces[tokenizer.encode("a")[0]].startswith("\u2581")
     probe = "  \uff21  \ufb01 "  # what normalisers change
     is_kept = tokenizer.decode(tokenizer.encode(probe)) == probe
-    return is_kept and not gets_space and not any(re.search("[^\u2581]\u2581", piece) for piece in pieces)
+    crosses = any(re.search("[^\u2581]\u2581", piece) for piece in pieces)
+    return is_kept and not gets_space and not crosses and _is_bpe(tokenizer)
+
+
+def _is_bpe(tokenizer: Tokenizer) -> bool:
+    """Whether scores are ranks of merges. What a unigram model finds best depends, by rounding, on all that stands before."""
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.path))
+    return all(processor.get_score(i).is_integer() for i in range(tokenizer.size))
