@@ -43,6 +43,7 @@ bench: install ## the benchmarks, in their quick form where they have one
 	@$(PY) benchmarks/contrastive_step.py --quick
 	@$(PY) benchmarks/soft_mask_attention.py --quick
 	@[ ! -e runs/demo/finetune/checkpoints/latest ] || $(PY) benchmarks/mining.py --quick
+	@[ ! -d ../shared/data/lm ] || $(PY) benchmarks/preprocess.py --quick
 	@[ ! -e runs/demo/data/weak.json ] || $(PY) benchmarks/training_step.py --quick
 
 lint: install ## ruff and mypy
