@@ -1,4 +1,4 @@
-"""The benchmark of tokenising compares like with like: its variants write the same tokens, its generated table is a PairStore."""
+"""The benchmark of tokenising: its variants write the same tokens, its generated table is a PairStore."""
 
 import json
 
