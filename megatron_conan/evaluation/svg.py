@@ -1,4 +1,7 @@
-"""Charts as inline SVG, coloured by the page's CSS variables: lines over steps, and points with intervals."""
+"""Charts as inline SVG, coloured by the page's CSS variables: lines over steps, points with intervals, bars.
+
+`picture` makes charts a file of its own.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,6 +14,11 @@ LEFT, RIGHT, TOP, BOTTOM = 58, 16, 34, 44
 MAX_POINTS = 600  # a longer series is thinned to means of equal stretches
 CHARACTER = 6.6  # width of a letter, on the generous side
 LABEL_GAP = 15  # least distance of two labels, one above the other
+PICTURE_STYLE = """
+svg { font: 12px system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
+.title { font-size: 14px; font-weight: 600; } .title, .value { fill: #1c1c1a; } .tick, .label { fill: #5d5c57; }
+.grid { stroke: #e4e3de; } .axis { stroke: #a9a8a2; } .column { fill: #2468b8; } .paper { fill: #fdfdfc; }
+"""
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,17 @@ class IntervalPoint:
     value: float
     low: float | None = None
     high: float | None = None
+
+
+@dataclass(frozen=True)
+class BarChart:
+    """A panel of upright bars over named columns."""
+
+    title: str
+    x_label: str
+    y_label: str
+    bars: Sequence[tuple[str, int]]
+    """(name, count of 0 or more) of each column; at least one."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +135,37 @@ def draw_intervals(title: str, y_label: str, points: Sequence[IntervalPoint], li
     for index, point in enumerate(points):
         parts += _interval(point, LEFT + column * (index + 0.5), y_axis)
     return _wrap(title, parts, width)
+
+
+def draw_bars(chart: BarChart) -> str:
+    """Bars with their counts above them, twice as wide as lines."""
+    width = WIDTH * 2
+    y_ticks = make_ticks(0.0, max(count for _, count in chart.bars))
+    y_axis = Axis(0.0, y_ticks[-1], HEIGHT - BOTTOM, TOP)
+    parts = [_frame(LineChart(chart.title, chart.x_label, chart.y_label, []), y_axis, y_ticks, width)]
+    column = (width - RIGHT - LEFT) / len(chart.bars)
+    for index, (name, count) in enumerate(chart.bars):
+        x, y = LEFT + column * (index + 0.5), y_axis(count)
+        parts += [
+            f'<rect class="column" x="{x - column * 0.4:.1f}" y="{y:.1f}" width="{column * 0.8:.1f}" '
+            f'height="{HEIGHT - BOTTOM - y:.1f}"><title>{escape(name)}: {count:,}</title></rect>',
+            f'<text class="value" text-anchor="middle" x="{x:.1f}" y="{y - 4:.1f}">{_short(count, 100_000)}</text>',
+            f'<text class="tick" text-anchor="middle" x="{x:.1f}" y="{HEIGHT - BOTTOM + 17}">{escape(name)}</text>',
+        ]
+    return _wrap(chart.title, parts, width)
+
+
+def picture(charts: Sequence[str], width: int = WIDTH * 2) -> str:
+    """Charts of one width below one another as the content of an .svg file, on a light background."""
+    height = HEIGHT * len(charts)
+    placed = [
+        chart.replace("<svg ", f'<svg y="{HEIGHT * index}" width="{width}" height="{HEIGHT}" ', 1)
+        for index, chart in enumerate(charts)
+    ]
+    return (
+        f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" xmlns="http://www.w3.org/2000/svg">'
+        f'<style>{PICTURE_STYLE}</style><rect class="paper" width="{width}" height="{height}"/>{"".join(placed)}</svg>\n'
+    )
 
 
 def make_ticks(low: float, high: float, *, whole: bool = False, count: int = 5) -> list[float]:
@@ -200,7 +250,7 @@ def _frame(chart: LineChart, y_axis: Axis, y_ticks: Sequence[float], width: int 
         y = y_axis(tick)
         kind = "axis" if abs(y - (HEIGHT - BOTTOM)) < 0.1 else "grid"
         parts.append(f'<line class="{kind}" x1="{LEFT}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" text-anchor="end" x="{LEFT - 7}" y="{y + 4:.1f}">{tick:g}</text>')
+        parts.append(f'<text class="tick" text-anchor="end" x="{LEFT - 7}" y="{y + 4:.1f}">{_short(tick)}</text>')
     middle = (TOP + HEIGHT - BOTTOM) / 2
     parts.append(
         f'<text class="label" text-anchor="middle" transform="translate(14 {middle:.0f}) rotate(-90)">'
@@ -211,6 +261,14 @@ def _frame(chart: LineChart, y_axis: Axis, y_ticks: Sequence[float], width: int 
         f"{escape(chart.x_label)}</text>"
     )
     return "".join(parts)
+
+
+def _short(value: float, limit: int = 10_000) -> str:
+    """A number that takes little room: from `limit` on in thousands (k), millions (M) or billions (G), with three digits."""
+    if abs(value) < limit:
+        return f"{value:,}" if isinstance(value, int) else f"{value:g}"
+    power = min(math.floor(math.log10(float(f"{abs(value):.2e}")) / 3), 3)
+    return f"{value / 1000**power:.3g}{'kMG'[power - 1]}"
 
 
 def _x_ticks(x_axis: Axis, ticks: Sequence[float]) -> str:

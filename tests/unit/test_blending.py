@@ -96,7 +96,9 @@ def demo(*overrides):
 
 def test_sources_of_one_name_are_refused():
     two = "data.sources=[{prefix: a/lm}, {prefix: b/lm}]"
-    with pytest.raises(ValueError, match=r"data\.sources\.0 and data\.sources\.1 are both called 'lm'; give one a name"):
+    with pytest.raises(
+        ValueError, match=r"data\.sources\.0 and data\.sources\.1 are both called 'lm'; give one a name"
+    ):
         check_config(demo(two), 1)
     check_config(demo(two, "data.sources.1.name=other"), 1)
 
