@@ -50,10 +50,10 @@ def write_table(path: Path, table: pyarrow.Table, group: int = 3) -> Path:
     return path
 
 
-def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
-    """Rows in a file of the form that its name ends in."""
+def write_rows(path: Path, rows: Sequence[dict[str, Any]], group: int = 3) -> Path:
+    """Rows in a file of the form that its name ends in; of parquet in row groups of `group`."""
     if path.suffix == ".parquet":
-        return write_table(path, pyarrow.Table.from_pylist(list(rows)))
+        return write_table(path, pyarrow.Table.from_pylist(list(rows)), group)
     return write_bytes(path, json_lines(rows))
 
 

@@ -95,7 +95,8 @@ def _buckets(digests: Path, total: int, folder: Path, bucket_texts: int) -> Iter
         ends = np.searchsorted(bucket[order], np.arange(num_buckets + 1, dtype=np.uint64))
         for i, path in enumerate(paths):
             with path.open("ab") as file:
-                block[order[ends[i] : ends[i + 1]]].tofile(file)
+                # not ndarray.tofile, which keeps quiet about a full disk
+                file.write(block[order[ends[i] : ends[i + 1]]].tobytes())
     for path in paths:
         yield np.fromfile(path, dtype=RECORD)
         path.unlink()

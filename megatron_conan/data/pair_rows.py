@@ -6,7 +6,15 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from megatron_conan.data.text_files import BadLine, Record, checked_text, filled_text, parse_object, text_field
+from megatron_conan.data.text_files import (
+    BadLine,
+    Record,
+    checked_text,
+    filled_text,
+    missing_key,
+    parse_object,
+    text_field,
+)
 
 TASKS = ("retrieval", "sts", "sft", "classification", "bitext", "pairclass")
 TRAINED_AS = {"bitext": "retrieval", "pairclass": "sts"}
@@ -113,8 +121,7 @@ def _same_meaning(row: dict[str, Any]) -> float:
 def _label(row: dict[str, Any]) -> str:
     """The name under `label`; an integer is named by its digits."""
     if "label" not in row:
-        found = ", ".join(map(repr, row)) or "no keys"
-        raise BadLine("missing key", f"key 'label' is missing (found {found})")
+        raise missing_key(row, "label")
     label = row["label"]
     if isinstance(label, bool) or not isinstance(label, (str, int)):
         raise BadLine("wrong type", f"key 'label' must be a string or an integer, found {label!r:.60}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -56,16 +57,27 @@ def _submitted(
     """Results to come of each task; an error in reading tasks stands behind those of the tasks before it."""
     try:
         for task in tasks:
-            yield pool.submit(function, task)
+            with _interrupts_blocked():
+                future = pool.submit(function, task)
+            yield future
     except (ValueError, OSError) as error:
         failed: Future[Result] = Future()
         failed.set_exception(error)
         yield failed
 
 
+@contextlib.contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Interrupts are the parent's: processes that are started here never see one, not even while they import."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker() -> None:
-    """Interrupts are the parent's; where it is killed, its processes end too."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Where the parent is killed, its processes end too."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -18,6 +18,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -33,6 +34,7 @@ LONGEST_LINE_BYTES = 1 << 30
 
 MOST_LEVELS = 100
 """Deeper JSON is refused. Python refuses it too, but at a depth that depends on who calls, so not alike in all passes."""
+MOST_SHOWN_KEYS = 12
 _STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[][{}]', re.DOTALL)
 
 Record = bytes | dict[str, Any]
@@ -343,9 +345,15 @@ def decode_utf8(line: bytes) -> str:
 def text_field(row: dict[str, Any], key: str) -> str:
     """The text under `key`. Raises BadLine if it is missing, no string, or not writable as UTF-8."""
     if key not in row:
-        found = ", ".join(repr(name) for name in row) or "no keys"
-        raise BadLine("missing key", f"key {key!r} is missing (found {found})")
+        raise missing_key(row, key)
     return checked_text(row[key], key)
+
+
+def missing_key(row: dict[str, Any], key: str) -> BadLine:
+    """What is wrong with a row without `key`, with some of the keys it has."""
+    found = [f"{name!r:.40}" for name in islice(row, MOST_SHOWN_KEYS)] or ["no keys"]
+    more = [f"{len(row) - MOST_SHOWN_KEYS:,} more"] if len(row) > MOST_SHOWN_KEYS else []
+    return BadLine("missing key", f"key {key!r} is missing (found {', '.join(found + more)})")
 
 
 def filled_text(row: dict[str, Any], key: str) -> str:
