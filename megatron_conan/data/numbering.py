@@ -94,8 +94,7 @@ def _buckets(digests: Path, total: int, folder: Path, bucket_texts: int) -> Iter
         order = np.argsort(bucket, kind="stable")
         ends = np.searchsorted(bucket[order], np.arange(num_buckets + 1, dtype=np.uint64))
         for i, path in enumerate(paths):
-            with path.open("ab") as file:
-                # not ndarray.tofile, which keeps quiet about a full disk
+            with path.open("ab") as file:  # ndarray.tofile keeps quiet about a full disk
                 file.write(block[order[ends[i] : ends[i + 1]]].tobytes())
     for path in paths:
         yield np.fromfile(path, dtype=RECORD)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megatron_conan.data.durable import save_array, save_blocks
 from megatron_conan.data.label_files import ClassRows
 from megatron_conan.data.ragged import ranges
 
@@ -75,22 +76,14 @@ class PairArrays:
         }
 
     def _save(self, name: str, values: np.ndarray) -> None:
-        blocks = (values[start : start + BLOCK_ROWS] for start in range(0, len(values), BLOCK_ROWS))
-        self._write(name, values.dtype, len(values), blocks)
+        save_array(self.folder / f"out.{name}.npy", values)
+        self.names.append(name)
 
     def _write_blocks(self, name: str, begins: np.ndarray, ends: np.ndarray) -> None:
         """Write the ids of the texts met from `begins` to `ends` ([rows] each), row after row."""
         slices = (slice(start, start + BLOCK_ROWS) for start in range(0, len(begins), BLOCK_ROWS))
         blocks = (self.number[ranges(begins[rows], ends[rows])[1]] for rows in slices)
-        self._write(name, np.dtype(np.int64), int((ends - begins).sum()), blocks)
-
-    def _write(self, name: str, dtype: np.dtype, size: int, blocks: Iterable[np.ndarray]) -> None:
-        """Write a file of [size] numbers. `np.save` and `ndarray.tofile` don't tell of a disk that is full at the very end."""
-        with (self.folder / f"out.{name}.npy").open("wb") as file:
-            header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (size,)}
-            np.lib.format.write_array_header_1_0(file, header)
-            for block in blocks:
-                file.write(np.ascontiguousarray(block, dtype).data)
+        save_blocks(self.folder / f"out.{name}.npy", np.dtype(np.int64), (int((ends - begins).sum()),), blocks)
         self.names.append(name)
 
     def _blocks(self, name: str) -> Iterator[np.ndarray]:

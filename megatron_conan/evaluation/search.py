@@ -18,6 +18,7 @@ import yaml
 from sentence_transformers import SentenceTransformer
 
 from megatron_conan.data.code_functions import STDLIB
+from megatron_conan.data.durable import save_array
 from megatron_conan.data.prepare import prepare_query
 from megatron_conan.evaluation.beir import read_jsonl
 from megatron_conan.evaluation.bm25 import Bm25Index, Bm25Settings
@@ -101,7 +102,7 @@ def build_search_index(
     vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / SUMMARY).unlink(missing_ok=True)  # a killed run leaves no index that looks whole
-    _write(out_dir / EMBEDDINGS, lambda path: _save_array(path, vectors.astype(np.float16)))
+    _write(out_dir / EMBEDDINGS, lambda path: save_array(path, vectors.astype(np.float16)))
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     _write(out_dir / DOCUMENTS, lambda path: path.write_text(lines, encoding="utf-8"))
     summary = {"documents": len(rows), "dim": vectors.shape[1], "weights_sha256": digest}
@@ -257,11 +258,6 @@ def _read_documents(path: Path) -> list[dict[str, Any]]:
     if not rows:
         raise ValueError(f"{path} has no rows; {REMEDY}")
     return rows
-
-
-def _save_array(path: Path, array: np.ndarray) -> None:
-    with path.open("wb") as file:
-        np.save(file, array)
 
 
 def _write(path: Path, write: Callable[[Path], Any]) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_conan.data.durable import sync
+from megatron_conan.data.durable import save_array, sync
 from megatron_conan.mining.rules import QueryRule, Rule, SwapRule
 
 FORMAT = 2
@@ -189,7 +189,7 @@ class NegativesTable:
             shutil.rmtree(leftover, ignore_errors=True)
         draft.mkdir()
         for name in ARRAYS:
-            np.save(draft / f"{name}.npy", getattr(self, name))
+            save_array(draft / f"{name}.npy", getattr(self, name))
         (draft / "table.json").write_text(json.dumps(self._metadata(), indent=2) + "\n")
         for file in draft.iterdir():
             sync(file)

@@ -4,9 +4,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_conan.data.command_line import publish, staging_folder
+from megatron_conan.data.durable import save_array
 
 SCRIPT = """
 import os, signal, sys
@@ -63,3 +65,15 @@ def test_an_interrupted_publication_leaves_no_summary(tmp_path):
 def test_a_prefix_needs_a_name():
     with pytest.raises(ValueError, match="must end with a file name"), staging_folder(Path("..")):
         pass
+
+
+@pytest.mark.parametrize("shape", [(0,), (5,), (3, 4)])
+def test_arrays_are_those_of_numpy_and_tell_of_a_full_disk(tmp_path, shape):
+    array = np.arange(np.prod(shape), dtype=np.float16).reshape(shape)
+    save_array(tmp_path / "array.npy", array)
+    found = np.load(tmp_path / "array.npy")
+    assert (found.dtype, found.shape) == (array.dtype, array.shape)
+    np.testing.assert_array_equal(found, array)
+    if array.size:
+        with pytest.raises(OSError, match="No space left"):
+            save_array(Path("/dev/full"), array)

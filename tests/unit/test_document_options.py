@@ -2,6 +2,7 @@
 
 import base64
 import json
+import resource
 from collections import Counter
 
 import numpy as np
@@ -190,6 +191,19 @@ def test_numbers_of_texts_are_those_of_a_dict(tmp_path_factory, texts, bucket_te
     assert is_first.tolist() == firsts
     assert (is_first.dtype, number.dtype) == (np.bool_, np.int64)
     assert {path.name for path in folder.iterdir()} <= {"digests", "is_first", "number"}
+
+
+@pytest.mark.parametrize("room", [50, 799, 1000])
+def test_numbers_on_a_full_disk_are_told(tmp_path, room):
+    """For the first array, the next ones, and the last bytes of a bucket; not later, by a signal or wrong numbers."""
+    (tmp_path / "digests").write_bytes(text_digests(map(str, range(100))))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            number_texts(tmp_path / "digests", tmp_path, bucket_texts=70)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 BAD = {

@@ -1,8 +1,10 @@
 """preprocess_pairs of every task is its definition, over chunks, files of all forms, and processes."""
 
 import json
+import resource
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,7 +12,8 @@ from pair_reference import Reference
 from tool_inputs import FORMS, content_of, outputs, rejected_of, write_bytes, write_rows
 
 from megatron_conan.data import label_files, numbering, pair_arrays, text_files
-from megatron_conan.data.pair_files import preprocess_pairs
+from megatron_conan.data.pair_arrays import PairArrays
+from megatron_conan.data.pair_files import ROW_FILES, preprocess_pairs
 from megatron_conan.data.pair_rows import TASKS
 
 TEXT = st.sampled_from([*"abcdefg", " x", "Größe 词\n表", "a  b\tc", "🙂", "long " * 30])
@@ -202,3 +205,20 @@ def test_bad_rows_are_named(tmp_path, tokenizer, task, row, reason):
         preprocess_pairs(task, [source], tokenizer.path, tmp_path / "out")
     assert str(error.value) == f"{source}:61: {reason}"
     assert list(tmp_path.iterdir()) == [source]
+
+
+def test_arrays_on_a_full_disk_are_told(tmp_path):
+    """Wherever a file ends; not every way of numpy's to write tells if only its last bytes are missing."""
+    rows = {name: np.ones(500, dtype) for name, dtype in ROW_FILES.items()}
+    arrays = PairArrays(tmp_path, np.arange(1500), rows, 1500)
+    arrays.write(None, stores_scores=True)
+    sizes = {name: (tmp_path / f"out.{name}.npy").stat().st_size for name in arrays.names}
+    assert max(sizes.values()) == sizes["corpus"] == 128 + 8 * 1000
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in {*sizes.values(), 4096, 4095, 129, 0}:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (max(size - 1, 0), limits[1]))
+        try:
+            with pytest.raises(OSError, match="File too large"):
+                PairArrays(tmp_path, np.arange(1500), rows, 1500).write(None, stores_scores=True)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
