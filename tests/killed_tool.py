@@ -16,8 +16,8 @@ index       the index is half written
 complete    complete.json is there
 rename      before a file gets its name, the summary as the last
 named       all have their names, P.json too
-stateless   of the state only complete.json is left
-removing    none of it is
+parting     one of state.json and complete.json is gone, or both
+removing    the folder is removed
 start       the first task is handed to workers
 
 HOW         what happens
@@ -154,8 +154,8 @@ def arm(happening: Happening, prefix: Path) -> None:
         happening.at(PartialOutput, {"complete": "finish", "named": "remove"}[point])
     if point == "rename":
         happening.at(Path, "replace", only=lambda _, target: Path(target).parent == prefix.parent)
-    if point == "stateless":
-        happening.at(Path, "unlink", only=lambda path, **_: path.name == "complete.json")
+    if point == "parting":
+        happening.at(Path, "unlink", after=True, only=lambda path, **_: path.name in ("state.json", "complete.json"))
     if point == "removing":
         happening.at(resumable.shutil, "rmtree")
     if point == "start":

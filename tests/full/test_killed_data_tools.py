@@ -58,7 +58,7 @@ POINTS = {
     "plain": [
         *("worker@30", "part@1", "part@50", "joining@1", "joining@60", "flushed@1", "flushed@70", "half@3", "half@80"),
         *("committed@1", "committed@90", "index@1", "complete@1", "rename@1", "rename@2", "rename@3", "rename@4"),
-        *("named@1", "stateless@1", "removing@1"),
+        *("named@1", "parting@1", "parting@2", "removing@1"),
     ],
     "dedup": [
         *(
@@ -96,7 +96,7 @@ POINTS = {
             "complete@1",
             "rename@1",
         ),
-        *("rename@6", "rename@11", "named@1", "stateless@1"),
+        *("rename@6", "rename@11", "named@1", "parting@1"),
     ],
     "classes": ["rows@20", "compared@1", "joining@10", "array@1", "array@8", "array@10", "rename@5", "rename@12"],
 }
@@ -115,7 +115,7 @@ def test_killed_at_a_point(jobs: dict[str, Job], tmp_path: Path, name: str, poin
     begun = killed.notes / "reached"
     assert begun.exists()
     first = point in ("flushed@1", "half@1", "part@1", "joining@1", "rows@1")
-    assert finished.went_on or first or point in ("worker@30", "stateless@1", "removing@1")
+    assert finished.went_on or first or point in ("worker@30", "parting@1", "parting@2", "removing@1")
 
 
 def test_killed_again_and_again(jobs: dict[str, Job], tmp_path: Path) -> None:

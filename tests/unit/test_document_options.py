@@ -22,9 +22,9 @@ from tool_inputs import (
     write_rows,
 )
 
-from megatron_conan.data import numbering, text_files
+from megatron_conan.data import indexed_files, numbering, text_files
 from megatron_conan.data.binarize import preprocess_documents
-from megatron_conan.data.indexed_files import IndexedFile
+from megatron_conan.data.indexed_files import IndexedFile, write_index
 from megatron_conan.data.numbering import number_texts, text_digests
 
 GOOD = b'{"text": "fine"}\n'
@@ -193,6 +193,18 @@ def test_numbers_of_texts_are_those_of_a_dict(tmp_path_factory, texts, bucket_te
     assert {path.name for path in folder.iterdir()} <= {"digests", "is_first", "number"}
 
 
+@pytest.mark.parametrize("num_sequences", [0, 1, 2, 3, 4, 7])
+def test_the_index_is_the_same_in_blocks(tmp_path, monkeypatch, num_sequences):
+    lengths = np.arange(num_sequences, dtype=np.int32) % 3
+    write_index(tmp_path / "whole", lengths, np.dtype(np.uint16))
+    monkeypatch.setattr(indexed_files, "BLOCK", 3)
+    write_index(tmp_path / "blocks", lengths, np.dtype(np.uint16))
+    content = (tmp_path / "blocks").read_bytes()
+    assert content == (tmp_path / "whole").read_bytes()
+    pointers = np.frombuffer(content, "<i8", num_sequences, indexed_files.HEADER.size + 4 * num_sequences)
+    assert pointers.tolist() == [2 * int(lengths[:i].sum()) for i in range(num_sequences)]
+
+
 @pytest.mark.parametrize("room", [50, 799, 1000])
 def test_numbers_on_a_full_disk_are_told(tmp_path, room):
     """For the first array, the next ones, and the last bytes of a bucket; not later, by a signal or wrong numbers."""
@@ -212,7 +224,7 @@ BAD = {
     b'{"text": "caf\xe9"}': "not UTF-8",
     b'{"text": "\\ud800 \xc3\xa9"}': "lone surrogate",
     b'{"body": "\xc3\xa9\\u0000"}': "missing key",
-    b'{"text": null}': "wrong type",
+    b'{"text": null, "more": "%s"}' % (b"a long line, " * 40): "wrong type",
     b"[1]": "no object",
 }
 

@@ -22,6 +22,7 @@ def corpus(tmp_path_factory, tokenizer):
     return make_documents(tmp_path_factory.mktemp("corpus"), tokenizer, TEXTS)
 
 
+@pytest.mark.full
 def test_flipped_bits_never_end_the_tool(corpus, tmp_path_factory, tmp_path, capsys, tokenizer):
     generator = np.random.default_rng(11)
     for source in (corpus, make_pairs(tmp_path_factory.mktemp("pairs"), tokenizer, "classification")):

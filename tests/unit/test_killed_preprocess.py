@@ -37,7 +37,7 @@ def test_documents_go_on_after_parent_and_group_were_killed(corpus, tmp_path):
 
 
 def test_pairs_go_on_while_they_get_their_names(rows, tmp_path):
-    runs = rows.check_kill_and_go_on(tmp_path / "out", [("rename@4", "self"), ("stateless@1", "self")], workers=(1,))
+    runs = rows.check_kill_and_go_on(tmp_path / "out", [("rename@4", "self"), ("parting@1", "self")], workers=(1,))
     assert [run.tokens > 0 for run in runs] == [True, False, False]
 
 

@@ -65,7 +65,7 @@ def other_model(path, **options):
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(DOCUMENTS * 3),
             model_writer=model,
-            vocab_size=400,
+            vocab_size=600,
             pad_id=PAD_ID,
             unk_id=1,
             bos_id=2,
@@ -77,21 +77,24 @@ def other_model(path, **options):
     return Tokenizer(path)
 
 
-PLAIN = {"add_dummy_prefix": False, "remove_extra_whitespaces": False}
+PLAIN = {"add_dummy_prefix": False, "remove_extra_whitespaces": False, "byte_fallback": True}
 OTHERS = {
-    "dummy prefix": {"remove_extra_whitespaces": False},
-    "extra spaces removed": {"add_dummy_prefix": False},
+    "dummy prefix": {**PLAIN, "add_dummy_prefix": True},
+    "extra spaces removed": {**PLAIN, "remove_extra_whitespaces": True},
     "nfkc": {**PLAIN, "normalization_rule_name": "nfkc"},
     "nfkc and lower case": {**PLAIN, "normalization_rule_name": "nmt_nfkc_cf"},
     "words are not split": {**PLAIN, "split_by_whitespace": False},
     "spaces end words": {**PLAIN, "treat_whitespace_as_suffix": True},
-    "a symbol with a space in it": {**PLAIN, "user_defined_symbols": ["of the", "a  b"]},
-    "no bytes": PLAIN,
-    "unigram": {**PLAIN, "byte_fallback": True, "model_type": "unigram"},
+    "a symbol with a space in it": {**PLAIN, "user_defined_symbols": ["of\u2581the", "a\u2581\u2581b"]},
+    "unigram": {**PLAIN, "model_type": "unigram"},
+    "no bytes": {**PLAIN, "byte_fallback": False},
     "all of it": {"normalization_rule_name": "nmt_nfkc"},
 }
-BYTES = {**PLAIN, "byte_fallback": True}
-CUT = {"bytes": BYTES, "symbols": {**BYTES, "user_defined_symbols": ["<sep>", "  "]}}
+CUT = {
+    "plain": PLAIN,
+    "symbols": {**PLAIN, "user_defined_symbols": ["<sep>", "  "]},
+    "a symbol that no text holds": {**PLAIN, "user_defined_symbols": ["of the"]},  # spaces of texts are U+2581
+}
 
 
 @pytest.mark.parametrize("kind", [*OTHERS, *CUT])
