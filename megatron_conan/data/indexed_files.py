@@ -24,7 +24,7 @@ DTYPE_CODES: dict[int, type[np.generic]] = {
 }
 """megatron-core's DType codes of integer tokens."""
 HEADER = struct.Struct("<9sQBQQ")
-BLOCK = 1 << 20
+BLOCK = 1 << 16
 """Sequences whose numbers are in memory at a time."""
 
 

@@ -16,10 +16,10 @@ import numpy as np
 DIGEST_BYTES = 16
 DIGEST = np.dtype([("high", ">u8"), ("low", ">u8")])
 RECORD = np.dtype([("high", "<u8"), ("low", "<u8"), ("position", "<i8")])
-BUCKET_TEXTS = 4 << 20
-"""Texts that are compared at a time (100 MB)."""
+BUCKET_TEXTS = 1 << 18
+"""Texts that are compared at a time (some 15 MB); more where there are more than MOST_BUCKETS times as many."""
 MOST_BUCKETS = 1024
-BLOCK_TEXTS = 1 << 20
+BLOCK_TEXTS = 1 << 18
 
 
 def text_digest(text: str) -> bytes:
@@ -35,7 +35,7 @@ def text_digests(texts: Iterable[str]) -> bytes:
 def number_texts(digests: Path, folder: Path, *, bucket_texts: int = BUCKET_TEXTS) -> tuple[np.ndarray, np.ndarray]:
     """Find which texts are the first of their kind, and number the distinct ones in the order of their first appearance.
 
-    Works off buckets of texts that begin with the same bits, so takes about 100 MB of memory; needs 33 bytes of disk a text.
+    Works off buckets of texts that begin with the same bits, so takes some 30 MB of memory up to 250 million texts; needs 33 bytes of disk a text.
 
     Args:
         digests: file of n digests of 16 bytes.
