@@ -35,7 +35,8 @@ def text_digests(texts: Iterable[str]) -> bytes:
 def number_texts(digests: Path, folder: Path, *, bucket_texts: int = BUCKET_TEXTS) -> tuple[np.ndarray, np.ndarray]:
     """Find which texts are the first of their kind, and number the distinct ones in the order of their first appearance.
 
-    Works off buckets of texts that begin with the same bits, so takes some 30 MB of memory up to 250 million texts; needs 33 bytes of disk a text.
+    Works off buckets of texts that begin with the same bits, so takes some 30 MB of memory up to 250 million texts; needs 33
+    bytes of disk a text.
 
     Args:
         digests: file of n digests of 16 bytes.

@@ -71,7 +71,7 @@ POINTS = {
             "numbering@2",
             "numbering@3",
         ),
-        *("part@1", "joining@50", "committed@260", "index@1", "rename@3"),
+        *("part@1", "joining@50", "committed@200", "index@1", "rename@3"),
     ],
     "pairs": [
         *(
